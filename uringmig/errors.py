@@ -1,0 +1,119 @@
+"""Every error uringmig raises on purpose, by who is at fault.
+
+    UringmigError                 exit code
+    +-- StateError       2   the caller: a wrong argument, a call out of order
+    +-- BytesError       3
+    |   +-- FormatError      the bytes of a file or stream break their format
+    |   +-- MismatchError    two things that should be equal are not
+    +-- PeerError        4   the other side: QEMU, its QMP socket, its stream
+    +-- StorageError     5   the kernel or the disk: ENOSPC, EIO, no O_DIRECT where required
+    +-- HostError        6   this machine cannot: no io_uring and nothing allowed to replace it
+
+The error knows its exit code; the command line catches the base class in one place. A traceback
+therefore means a bug of ours.
+"""
+
+from __future__ import annotations
+
+import errno as errno_names
+import os
+from typing import ClassVar
+
+
+class UringmigError(Exception):
+    """Base of all errors that are not bugs of ours; ``str()`` is one line for an operator."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class StateError(UringmigError):
+    """The caller's fault: a bad argument, or a call that does not fit the present state."""
+
+    exit_code = 2
+
+
+class BytesError(UringmigError):
+    """What `FormatError` and `MismatchError` share: the place, and two values that disagree.
+
+    Attributes:
+        what: the field or rule at fault.
+        offset: absolute file or stream offset in bytes of the field, or None.
+        block: idstr of the ramblock concerned, or None.
+        expected: what should be there, or None.
+        found: what is there, or None.
+    """
+
+    exit_code = 3
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        offset: int | None = None,
+        block: str | None = None,
+        expected: object = None,
+        found: object = None,
+    ) -> None:
+        self.what = what
+        self.offset = offset
+        self.block = block
+        self.expected = expected
+        self.found = found
+        line = what if block is None else f"ramblock {block!r}: {what}"
+        if offset is not None:
+            line += f" at offset {offset:#x}"
+        details = [] if expected is None else [f"expected {expected}"]
+        if found is not None:
+            details.append(f"found {found}")
+        super().__init__(line + (f" ({', '.join(details)})" if details else ""))
+
+
+class FormatError(BytesError):
+    """The bytes of a file or stream break a rule of their format."""
+
+
+class MismatchError(BytesError):
+    """Two things that should be equal are not: an image and its manifest, a block and a buffer."""
+
+
+class PeerError(UringmigError):
+    """QEMU, its QMP socket or its migration stream failed or refused."""
+
+    exit_code = 4
+
+
+class StorageError(UringmigError):
+    """The kernel or the disk refused.
+
+    Attributes:
+        errno: the kernel's number, or None where there is none.
+        path: the file concerned, or None.
+        offset: file offset in bytes of the failed request, or None.
+    """
+
+    exit_code = 5
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        errno: int | None = None,
+        path: str | os.PathLike[str] | None = None,
+        offset: int | None = None,
+        cure: str | None = None,
+    ) -> None:
+        self.errno = errno
+        self.path = None if path is None else os.fspath(path)
+        self.offset = offset
+        where = "" if self.path is None else f"{self.path}: "
+        at = "" if offset is None else f" at offset {offset:#x}"
+        why = ""
+        if errno is not None:
+            why = f": {os.strerror(errno)} ({errno_names.errorcode.get(errno, errno)})"
+        super().__init__(f"{where}{what}{at}{why}" + ("" if cure is None else f"; {cure}"))
+
+
+class HostError(UringmigError):
+    """This machine lacks something that was required; the message names the cause and the cure."""
+
+    exit_code = 6

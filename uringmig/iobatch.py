@@ -1,0 +1,77 @@
+"""Descriptors of I/O, shared by planner, transfer and engines: structs of arrays, no behaviour.
+
+One entry is one request: so many bytes between an address in this process and an offset in a
+file. Memory is named by address so that guest RAM moves from where it lies; whoever makes a batch
+keeps the memory mapped until the completion.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int64Array = NDArray[np.int64]
+
+
+def _check(arrays: object) -> None:
+    """Assert the invariant of a struct of arrays (1-D, int64, equal length) and freeze it."""
+    lengths = set()
+    for field in fields(arrays):  # type: ignore[arg-type]  # only ever given a dataclass
+        array = getattr(arrays, field.name)
+        assert array.ndim == 1, (field.name, array.shape)
+        assert array.dtype == np.int64, (field.name, array.dtype)
+        array.flags.writeable = False
+        lengths.add(len(array))
+    assert len(lengths) == 1, lengths
+
+
+@dataclass(frozen=True, slots=True)
+class IoPlan:
+    """Requests not yet issued: ``address``, ``length`` (bytes), ``file_offset``; all int64, 1-D."""
+
+    address: Int64Array
+    length: Int64Array
+    file_offset: Int64Array
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    def __len__(self) -> int:
+        return len(self.length)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes all requests move together."""
+        return int(self.length.sum())
+
+
+@dataclass(frozen=True, slots=True)
+class IoBatch:
+    """Requests for an engine: as `IoPlan`, and a ``token`` that comes back with the result."""
+
+    address: Int64Array
+    length: Int64Array
+    file_offset: Int64Array
+    token: Int64Array
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    def __len__(self) -> int:
+        return len(self.token)
+
+
+@dataclass(frozen=True, slots=True)
+class Completions:
+    """Results from an engine: ``token``, and ``result`` in bytes moved (>= 0) or -errno."""
+
+    token: Int64Array
+    result: Int64Array
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    def __len__(self) -> int:
+        return len(self.token)

@@ -1,0 +1,1 @@
+"""Where guest RAM comes from and goes to: buffers and mappings, named by address."""

@@ -1,0 +1,1 @@
+"""A running QEMU: its QMP socket, its device state, its shared RAM."""
