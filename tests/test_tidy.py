@@ -1,0 +1,526 @@
+"""The shape of the tree, checked: who may import whom, purity, sizes, words that must not appear.
+
+Each rule is a function from one parsed module to complaints; `test_rule_can_fail` gives each a bad
+snippet, so that a rule that no longer sees anything is noticed.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+import uringmig
+
+ROOT: Final = Path(__file__).parents[1]
+PACKAGE: Final = "uringmig"
+
+#: Modules that can neither do I/O nor tell time (their imports of our own modules are the arrows).
+PURE: Final = (
+    "format",
+    "pages",
+    "plan",
+    "transfer",
+    "manifest",
+    "digest",
+    "batch.job",
+    "batch.journal",
+)
+IMPURE_IMPORTS: Final = frozenset(
+    [
+        "os",
+        "io",
+        "socket",
+        "mmap",
+        "select",
+        "selectors",
+        "threading",
+        "multiprocessing",
+        "subprocess",
+        "time",
+        "liburing",
+        "pathlib",
+        "asyncio",
+        "concurrent",
+        "fcntl",
+        "shutil",
+        "signal",
+        "tempfile",
+        "ctypes",
+    ]
+)
+
+#: Who may import whom: a module may import what its part reaches through these edges, and its own
+#: part. A part is the longest prefix of the module's name (without the package) that stands here.
+ARROWS: Final[dict[str, tuple[str, ...]]] = {
+    "cli": ("batch", "verify", "qemu", "wire"),
+    "batch": ("verify", "qemu", "wire"),
+    "verify": ("writer", "reader"),
+    "qemu": ("writer", "reader"),
+    "wire": ("writer", "reader"),
+    "writer": ("channel", "manifest"),
+    "reader": ("channel", "manifest"),
+    "manifest": ("digest",),
+    "channel": ("transfer", "scan", "storage", "memory", "progress"),
+    "scan": ("plan", "memory", "progress", "digest"),
+    "digest": ("options",),
+    "transfer": ("plan",),
+    "plan": ("format", "pages"),
+    "format": ("options", "iobatch"),
+    "pages": ("options", "iobatch"),
+    "storage": ("options", "iobatch"),
+    "memory": ("options", "iobatch"),
+    "progress": ("options", "iobatch"),
+    "testing": ("storage.engine", "storage.queued", "memory.source"),
+    "storage.engine": ("options", "iobatch"),
+    "storage.queued": ("storage.engine",),
+    "memory.source": ("options", "iobatch"),
+    "options": ("units",),
+    "iobatch": ("units",),
+    "units": ("errors",),
+    "errors": (),
+}
+#: The two that ask C liburing for a ring: one to use it, one to know beforehand whether it could.
+LIBURING_USERS: Final = frozenset({"storage.ring", "storage.choice"})
+
+MODULE_LINES_MAX: Final = 500
+TEST_LINES_MAX: Final = 700
+FUNCTION_LINES_MAX: Final = 70
+VAGUE_NAMES: Final = frozenset(
+    ["util", "utils", "helper", "helpers", "common", "base", "manager", "managers", "misc"]
+)
+VAGUE_CLASS: Final = re.compile(r"(Utils?|Helpers?|Managers?|Common)$")
+OPEN_END: Final = re.compile(r"\b(TO" + r"DO|FIX" + r"ME|XX" + r"X)\b(?!\(\w+\): \S)")
+
+
+@dataclass
+class Module:
+    """A parsed file; ``name`` is dotted and without the package (``storage.ring``, ``""``)."""
+
+    name: str
+    source: str
+    in_package: bool = True
+    tree: ast.Module = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.tree = ast.parse(self.source)
+
+    @property
+    def part(self) -> str | None:
+        """The longest prefix of the name that stands in `ARROWS`."""
+        words = self.name.split(".")
+        for count in range(len(words), 0, -1):
+            if ".".join(words[:count]) in ARROWS:
+                return ".".join(words[:count])
+        return None
+
+
+def package_modules() -> list[Module]:
+    folder = ROOT / PACKAGE
+    modules = []
+    for path in sorted(folder.rglob("*.py")):
+        words = list(path.relative_to(folder).with_suffix("").parts)
+        if words[-1] == "__init__":
+            words.pop()
+        modules.append(Module(".".join(words), path.read_text()))
+    return modules
+
+
+def other_modules() -> list[Module]:
+    """Tests and benches; only the rules on size and words hold there."""
+    paths = [*(ROOT / "tests").rglob("*.py"), *(ROOT / "perf").rglob("*.py")]
+    return [
+        Module(str(path.relative_to(ROOT)), path.read_text(), in_package=False)
+        for path in sorted(paths)
+    ]
+
+
+MODULES: Final = package_modules()
+NAMES: Final = frozenset(module.name for module in MODULES)
+
+
+def reach(part: str) -> frozenset[str]:
+    """The parts that ``part`` may import, itself included."""
+    found = {part}
+    for other in ARROWS[part]:
+        found |= reach(other)
+    return frozenset(found)
+
+
+def imports(module: Module) -> Iterator[tuple[int, str]]:
+    """Line and full dotted name of all that is imported anywhere in the module, lazily too."""
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            origin = node.module or ""
+            if node.level:
+                origin = f"<relative>.{origin}"
+            # "from uringmig.storage import ring" means the module ring, when there is one.
+            for alias in node.names:
+                full = f"{origin}.{alias.name}"
+                known = full.removeprefix(f"{PACKAGE}.") in NAMES
+                yield node.lineno, full if known else origin
+
+
+def own_imports(module: Module) -> Iterator[tuple[int, str]]:
+    """Imports of our own modules, without the package's name."""
+    for line, name in imports(module):
+        if name == PACKAGE or name.startswith(f"{PACKAGE}."):
+            yield line, name[len(PACKAGE) + 1 :]
+
+
+# The rules. Each takes one module and yields complaints.
+
+
+def arrows_hold(module: Module) -> Iterator[str]:
+    if not module.in_package:
+        return
+    for line, name in imports(module):
+        if name.startswith("<relative>"):
+            yield f"{line}: a relative import hides its arrow"
+    if module.name in ("", "__main__"):
+        allowed = frozenset(ARROWS) - {"cli", "testing"}
+        allowed |= {"cli"} if module.name == "__main__" else set()
+    elif module.part is None:
+        yield f"1: {module.name} has no place in the order of modules"
+        return
+    else:
+        allowed = reach(module.part)
+    for line, target in own_imports(module):
+        part = Module(target, "").part
+        # Only the top may go through the package itself, which imports nearly everything.
+        if target == "" and module.part == "cli":
+            continue
+        prefixes = {target[: match.start()] for match in re.finditer(r"\.|$", target)}
+        if part is None or not (part in allowed or prefixes & allowed):
+            yield f"{line}: {module.name or PACKAGE} must not import {target or PACKAGE}"
+
+
+def pure_stays_pure(module: Module) -> Iterator[str]:
+    if not (module.in_package and module.part in PURE):
+        return
+    for line, name in imports(module):
+        if name.split(".")[0] in IMPURE_IMPORTS:
+            yield f"{line}: {module.name} is pure and imports {name}"
+    for node in ast.walk(module.tree):
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id == "open"
+        ):
+            yield f"{node.lineno}: {module.name} is pure and opens a file"
+
+
+def liburing_has_one_door(module: Module) -> Iterator[str]:
+    if not module.in_package or module.name == "storage.liburing":
+        return
+    for line, name in imports(module):
+        if name.split(".")[0] == "liburing":
+            yield f"{line}: only storage/liburing.py imports liburing"
+        if name == f"{PACKAGE}.storage.liburing" and module.name not in LIBURING_USERS:
+            yield f"{line}: {module.name} must not use storage/liburing.py"
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.Call):
+            for text in [*node.args, *(keyword.value for keyword in node.keywords)]:
+                if (
+                    isinstance(text, ast.Constant)
+                    and isinstance(text.value, str)
+                    and re.search(r"liburing.*\.so|^(lib)?uring(-ffi)?$|^liburing\.", text.value)
+                ):
+                    yield f"{node.lineno}: only storage/liburing.py loads liburing"
+
+
+def sizes_are_bounded(module: Module) -> Iterator[str]:
+    limit = MODULE_LINES_MAX if module.in_package else TEST_LINES_MAX
+    count = len(module.source.splitlines())
+    if count > limit:
+        yield f"1: {count} lines, the limit is {limit}"
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            count = (node.end_lineno or node.lineno) - node.lineno + 1
+            if count > FUNCTION_LINES_MAX:
+                yield f"{node.lineno}: {node.name} has {count} lines, of {FUNCTION_LINES_MAX}"
+
+
+def only_output_prints(module: Module) -> Iterator[str]:
+    if not module.in_package or module.name == "cli.output":
+        return
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.Name) and node.id == "print":
+            yield f"{node.lineno}: only cli/output.py prints"
+
+
+def errors_have_names(module: Module) -> Iterator[str]:
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.ExceptHandler) and node.type is None:
+            yield f"{node.lineno}: a bare except"
+        if isinstance(node, ast.Raise) and node.exc is not None:
+            raised = node.exc.func if isinstance(node.exc, ast.Call) else node.exc
+            if isinstance(raised, ast.Name) and raised.id in ("Exception", "BaseException"):
+                yield f"{node.lineno}: raises {raised.id}, which says nothing"
+
+
+def nothing_is_left_open(module: Module) -> Iterator[str]:
+    for number, line in enumerate(module.source.splitlines(), 1):
+        if OPEN_END.search(line):
+            yield f"{number}: left open without a name and a reason: {line.strip()}"
+
+
+def names_say_something(module: Module) -> Iterator[str]:
+    words = set(re.split(r"[./_]", module.name.removesuffix(".py")))
+    # conftest and the like are pytest's names; a word within a longer name may well mean something.
+    last = {word for word in re.split(r"[./]", module.name.removesuffix(".py")) if word}
+    for word in sorted((words & last) & VAGUE_NAMES):
+        yield f"1: {word!r} says nothing about what is in there"
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.ClassDef) and VAGUE_CLASS.search(node.name):
+            yield f"{node.lineno}: class {node.name} says nothing"
+
+
+RULES: Final[tuple[Callable[[Module], Iterator[str]], ...]] = (
+    arrows_hold,
+    pure_stays_pure,
+    liburing_has_one_door,
+    sizes_are_bounded,
+    only_output_prints,
+    errors_have_names,
+    nothing_is_left_open,
+    names_say_something,
+)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_tree_is_tidy(rule: Callable[[Module], Iterator[str]]) -> None:
+    modules = [*MODULES, *other_modules()]
+    complaints = [f"{module.name}:{text}" for module in modules for text in rule(module)]
+    assert not complaints, "\n".join(complaints)
+
+
+def test_the_walk_finds_the_tree() -> None:
+    """All rules hold on an empty list of modules; so the list itself is checked."""
+    assert {"", "errors", "options", "iobatch", "plan", "storage.ring", "storage"} <= NAMES
+    assert "tests/test_tidy.py" in [module.name for module in other_modules()]
+    assert all(reach(part) for part in ARROWS), "the order of modules has a circle"
+
+
+LONG = "def long() -> None:\n" + "    pass\n" * FUNCTION_LINES_MAX
+
+BAD: Final[list[tuple[Callable[[Module], Iterator[str]], str, str]]] = [
+    (arrows_hold, "format.headers", "from uringmig.pages.runs import PageRuns"),
+    (arrows_hold, "pages.zero", "import uringmig.format"),
+    (arrows_hold, "storage.ring", "from uringmig.plan import make_plan"),
+    (arrows_hold, "storage.ring", "from uringmig import plan"),
+    (arrows_hold, "memory.source", "from uringmig.storage.engine import Engine"),
+    (arrows_hold, "transfer", "def f() -> None:\n    from uringmig.storage import engine"),
+    (arrows_hold, "plan", "from uringmig.transfer import Slots"),
+    (arrows_hold, "reader", "from uringmig.writer import save"),
+    (arrows_hold, "reader", "from uringmig.cli import main"),
+    (arrows_hold, "cli.save", "from uringmig.testing.guests import dense"),
+    (arrows_hold, "", "from uringmig.testing import guests"),
+    (arrows_hold, "writer", "import uringmig"),
+    (arrows_hold, "errors", "from uringmig.units import KiB"),
+    (arrows_hold, "units", "from uringmig.options import PAGE_SIZE"),
+    (arrows_hold, "testing.guests", "from uringmig.writer import save"),
+    (arrows_hold, "format.headers", "from .constants import EOF"),
+    (arrows_hold, "novelty", ""),
+    (pure_stays_pure, "format.headers", "import os.path"),
+    (pure_stays_pure, "pages.zero", "def f() -> None:\n    from time import sleep"),
+    (pure_stays_pure, "plan", "import threading as t"),
+    (pure_stays_pure, "transfer", "data = open('x')"),
+    (liburing_has_one_door, "storage.ring", "import liburing"),
+    (liburing_has_one_door, "cli", "from liburing import Ring"),
+    (liburing_has_one_door, "channel", "from uringmig.storage import liburing"),
+    (liburing_has_one_door, "storage.pwrite", "lib = ctypes.CDLL('liburing-ffi.so.2')"),
+    (liburing_has_one_door, "storage.pwrite", "lib = find_library('uring')"),
+    (liburing_has_one_door, "storage.choice", "lib = importlib.import_module('liburing.liburing')"),
+    (sizes_are_bounded, "plan", "\n" * (MODULE_LINES_MAX + 1)),
+    (sizes_are_bounded, "plan", LONG),
+    (sizes_are_bounded, "plan", "async " + LONG),
+    (only_output_prints, "cli.save", "print('x')"),
+    (errors_have_names, "plan", "try:\n    pass\nexcept:\n    pass"),
+    (errors_have_names, "plan", "raise Exception('x')"),
+    (errors_have_names, "plan", "raise BaseException"),
+    (nothing_is_left_open, "plan", "x = 1  # TO" + "DO later"),
+    (nothing_is_left_open, "plan", "# FIX" + "ME"),
+    (names_say_something, "storage.utils", ""),
+    (names_say_something, "tests/helpers.py", ""),
+    (names_say_something, "plan", "class PageManager:\n    pass"),
+]
+
+GOOD: Final[list[tuple[Callable[[Module], Iterator[str]], str, str]]] = [
+    (arrows_hold, "plan", "from uringmig.format.layout import BlockLayout\nimport numpy"),
+    (arrows_hold, "plan", "from uringmig import errors, units"),
+    (arrows_hold, "writer", "from uringmig.storage.ring import RingEngine"),
+    (arrows_hold, "cli.save", "from uringmig import __version__\nimport uringmig.options"),
+    (arrows_hold, "", "from uringmig.writer import MappedRamWriter"),
+    (arrows_hold, "testing.faults", "from uringmig.storage.engine import Engine"),
+    (pure_stays_pure, "writer", "import os"),
+    (pure_stays_pure, "format.headers", "import struct"),
+    (liburing_has_one_door, "storage.ring", "from uringmig.storage import liburing"),
+    (liburing_has_one_door, "cli.output", "print('install liburing 2.4 or newer')"),
+    (sizes_are_bounded, "plan", LONG.replace("    pass\n", "", 1)),
+    (only_output_prints, "cli.output", "print('x')"),
+    (errors_have_names, "plan", "raise ValueError('x')"),
+    (nothing_is_left_open, "plan", "# TO" + "DO(ann): when Python 3.11 is gone"),
+    (names_say_something, "cli.output", "class Plan:\n    pass"),
+]
+
+
+@pytest.mark.parametrize(("rule", "name", "source"), BAD)
+def test_rule_can_fail(rule: Callable[[Module], Iterator[str]], name: str, source: str) -> None:
+    complaints = list(rule(Module(name, source, in_package=not name.endswith(".py"))))
+    assert complaints
+    assert all(re.match(r"\d+: ", text) for text in complaints)
+
+
+@pytest.mark.parametrize(("rule", "name", "source"), GOOD)
+def test_rule_lets_pass(rule: Callable[[Module], Iterator[str]], name: str, source: str) -> None:
+    assert list(rule(Module(name, source))) == []
+
+
+# Public names.
+
+
+def undocumented(names: list[str], values: dict[str, object], readme: str) -> list[str]:
+    """Public names without a docstring of their own, or without a line in the README."""
+    complaints = []
+    for name in names:
+        value = values.get(name)
+        if inspect.isclass(value) or inspect.isroutine(value):
+            text = value.__dict__.get("__doc__") if inspect.isclass(value) else value.__doc__
+            # A dataclass without one is given its signature as its docstring.
+            if not text or text.startswith(f"{name}("):
+                complaints.append(f"{name} has no docstring")
+        if not re.search(rf"`[^`\n]*\b{re.escape(name)}\b[^`\n]*`", readme):
+            complaints.append(f"{name} has no line in README.md")
+    return complaints
+
+
+def test_public_names_are_documented() -> None:
+    names = list(getattr(uringmig, "__all__", []))
+    assert names == sorted(set(names), key=names.index), "a name is there twice"
+    found = undocumented(names, vars(uringmig), (ROOT / "README.md").read_text())
+    assert not found, "\n".join(found)
+
+
+def test_undocumented_names_are_seen() -> None:
+    @dataclass
+    class Bare:
+        x: int
+
+    class Documented:
+        """Text."""
+
+    class Heir(Documented):
+        pass
+
+    values: dict[str, object] = {"Bare": Bare, "Documented": Documented, "Heir": Heir}
+    readme = "`Bare`, `Documented(x)`, Heir without quotes"
+    assert undocumented(["Documented"], values, readme) == []
+    assert undocumented(["Bare", "Heir"], values, readme) == [
+        "Bare has no docstring",
+        "Heir has no docstring",
+        "Heir has no line in README.md",
+    ]
+
+
+# Sizes of structures.
+
+
+def structs(module: Module) -> Iterator[str]:
+    """The names that `struct.Struct` objects are bound to: ``NAME``, or the class's name.
+
+    One that is bound to no name is given as its line.
+    """
+    bound: set[ast.AST] = set()
+
+    def values(node: ast.stmt) -> tuple[ast.expr | None, str]:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            return node.value, node.targets[0].id
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            return node.value, node.target.id
+        return None, ""
+
+    def is_struct(node: ast.AST | None) -> bool:
+        return isinstance(node, ast.Call) and ast.unparse(node.func) in ("Struct", "struct.Struct")
+
+    for node in module.tree.body:
+        owner = node.name if isinstance(node, ast.ClassDef) else None
+        for inner in node.body if isinstance(node, ast.ClassDef) else [node]:
+            value, name = values(inner)
+            if value is not None and is_struct(value):
+                bound.add(value)
+                yield owner or name
+    for anything in ast.walk(module.tree):
+        if is_struct(anything) and anything not in bound:
+            yield f"line {getattr(anything, 'lineno', 0)}"
+
+
+def sized(module: Module) -> set[str]:
+    """Names that appear in a test which asserts a ``.size`` or in a table such a test goes over."""
+    tables: dict[str, ast.stmt] = {}
+    for node in module.tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            tables[node.targets[0].id] = node
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            tables[node.target.id] = node
+    found: set[str] = set()
+    for node in module.tree.body:
+        if not (isinstance(node, ast.FunctionDef) and node.name.startswith("test_")):
+            continue
+        asserted = [part for part in ast.walk(node) if isinstance(part, ast.Assert)]
+        sizes = [
+            part
+            for one in asserted
+            for part in ast.walk(one)
+            if isinstance(part, ast.Attribute) and part.attr == "size"
+        ]
+        if sizes:
+            names = identifiers(node)
+            for table in names & set(tables):
+                names |= identifiers(tables[table])
+            found |= names
+    return found
+
+
+def identifiers(node: ast.AST) -> set[str]:
+    """Every name and attribute under a node, decorators included."""
+    names = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+    return names | {part.attr for part in ast.walk(node) if isinstance(part, ast.Attribute)}
+
+
+def test_every_structure_has_a_size_test() -> None:
+    tests = [module for module in other_modules() if module.name.startswith("tests/unit/")]
+    known = set().union(*(sized(module) for module in tests))
+    missing = [
+        f"{module.name}: {name}"
+        for module in MODULES
+        if module.part == "format"
+        for name in structs(module)
+        if name not in known
+    ]
+    assert not missing, "no size test for:\n" + "\n".join(missing)
+
+
+def test_missing_size_tests_are_seen() -> None:
+    source = (
+        "from struct import Struct\nimport struct\nWORD = struct.Struct('>Q')\n"
+        "class Header:\n    STRUCT: ClassVar[Struct] = Struct('>IQ')\n"
+        "def f(data):\n    return Struct('>H').unpack(data)\n"
+    )
+    assert list(structs(Module("format.x", source))) == ["WORD", "Header", "line 7"]
+    table = Module(
+        "tests/unit/test_x.py",
+        "TABLE = [(Header, 12)]\n@pytest.mark.parametrize(('cls', 'size'), TABLE)\n"
+        "def test_sizes(cls, size):\n    assert cls.STRUCT.size == size\n"
+        "def test_other():\n    assert WORD\n",
+    )
+    assert "Header" in sized(table)
+    assert "WORD" not in sized(table)
