@@ -1,0 +1,143 @@
+"""Is the file at a backend's path the memory that QEMU has mapped?
+
+A path is only a name: the file may have been unlinked or replaced since QEMU opened it, or the
+path may be a folder in which QEMU made a file without a name. Reading it then would save other
+bytes than the guest's, silently, so every such case is refused with one line.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from uringmig.errors import PeerError
+from uringmig.qemu.monitor import HostBlock, Monitor, RamBackend
+
+#: Linux: show_map_vma in fs/proc/task_mmu.c.
+_MAPS_LINE: Final = re.compile(
+    r"(?P<start>[0-9a-f]+)-(?P<end>[0-9a-f]+) (?P<mode>\S{4}) (?P<offset>[0-9a-f]+) "
+    r"(?P<major>[0-9a-f]+):(?P<minor>[0-9a-f]+) (?P<inode>\d+) *(?P<name>.*)"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Mapping:
+    """One line of /proc/PID/maps that maps a file."""
+
+    start: int
+    end: int
+    shared: bool
+    offset: int
+    device: tuple[int, int]
+    inode: int
+    name: str
+
+
+def open_backing(monitor: Monitor, backend: RamBackend, *, writable: bool = False) -> int:
+    """Open the file that is the backend's memory and prove that QEMU has mapped this very file.
+
+    Returns:
+        A file descriptor, the caller's to close. The memory is ``backend.size`` bytes at
+        ``backend.offset`` of it.
+
+    Raises:
+        PeerError: the backend has no named file, is not shared, or its file is a folder, gone,
+            replaced, too short or not accessible.
+    """
+    what = f"memory backend {backend.id!r}"
+    if backend.path is None:
+        raise PeerError(f"{what} is a {backend.kind}, not a named file (memory-backend-file)")
+    if not backend.share:
+        raise PeerError(f"{what} is not shared (share=on)")
+    path = _seen_from_here(Path(backend.path), monitor.peer_pid)
+    try:
+        fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
+    except IsADirectoryError:
+        raise PeerError(f"{what}: {path} is a folder; QEMU made a nameless file in it") from None
+    except FileNotFoundError:
+        raise PeerError(f"{what}: its file {path} has been removed") from None
+    except OSError as error:
+        raise PeerError(f"{what}: its file {path} cannot be opened: {error.strerror}") from None
+    try:
+        _check_file(monitor, backend, fd, path)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _seen_from_here(path: Path, pid: int) -> Path:
+    """QEMU resolves a relative path in its own working folder, which may not be ours."""
+    return path if path.is_absolute() else Path(f"/proc/{pid}/cwd") / path
+
+
+def _check_file(monitor: Monitor, backend: RamBackend, fd: int, path: Path) -> None:
+    """Compare the opened file with the backend and with what QEMU has mapped."""
+    what = f"memory backend {backend.id!r}"
+    status = os.fstat(fd)
+    if stat.S_ISDIR(status.st_mode):
+        raise PeerError(f"{what}: {path} is a folder; QEMU made a nameless file in it")
+    if not stat.S_ISREG(status.st_mode):
+        raise PeerError(f"{what}: {path} is not a file that can be read as memory")
+    if status.st_size < backend.offset + backend.size:
+        raise PeerError(
+            f"{what}: {path} has {status.st_size} bytes, fewer than the "
+            f"{backend.offset + backend.size} that QEMU uses; it has been replaced or cut"
+        )
+    mappings = _file_mappings(monitor.peer_pid)
+    if mappings is None:
+        return
+    block = next((block for block in monitor.ram_blocks() if block.idstr == backend.idstr), None)
+    if not any(_is_this(mapping, status, path) for mapping in _relevant(mappings, block)):
+        raise PeerError(f"{what}: {path} is not the file QEMU has mapped; it has been replaced")
+
+
+def _relevant(mappings: list[_Mapping], block: HostBlock | None) -> Iterator[_Mapping]:
+    """The mapping at the ramblock's address where QEMU tells it, else every shared one."""
+    for mapping in mappings:
+        if block is None or block.host_address is None:
+            if mapping.shared:
+                yield mapping
+        elif mapping.start <= block.host_address < mapping.end:
+            yield mapping
+
+
+def _is_this(mapping: _Mapping, status: os.stat_result, path: Path) -> bool:
+    """Same inode on the same device.
+
+    On btrfs and overlayfs the device in maps is not the one stat gives; there the name decides,
+    which for a removed file ends in " (deleted)" and so never matches.
+    """
+    if mapping.inode != status.st_ino:
+        return False
+    device = (os.major(status.st_dev), os.minor(status.st_dev))
+    return mapping.device == device or mapping.name == os.path.realpath(path)
+
+
+def _file_mappings(pid: int) -> list[_Mapping] | None:
+    """The file mappings of a process, or None where we may not look (another user's, no /proc)."""
+    try:
+        text = Path(f"/proc/{pid}/maps").read_text(errors="surrogateescape")
+    except OSError:
+        return None
+    mappings = []
+    for line in text.splitlines():
+        match = _MAPS_LINE.fullmatch(line)
+        if match is not None and match["inode"] != "0":
+            mappings.append(
+                _Mapping(
+                    start=int(match["start"], 16),
+                    end=int(match["end"], 16),
+                    shared=match["mode"].endswith("s"),
+                    offset=int(match["offset"], 16),
+                    device=(int(match["major"], 16), int(match["minor"], 16)),
+                    inode=int(match["inode"]),
+                    name=match["name"],
+                )
+            )
+    return mappings

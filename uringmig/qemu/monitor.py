@@ -1,0 +1,404 @@
+"""A running QEMU seen through its QMP socket: run state, migration, settings.
+
+Synchronous, over the QEMU project's own client (`qemu.qmp`), whose event loop is private to the
+`Monitor` and runs only while one of its methods does. One thread at a time. Every failure of the
+peer is a `PeerError` of one line. What was changed through `saved_settings` is put back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+import re
+import socket
+import struct
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, Final, Self
+
+from qemu.qmp import ConnectError, ExecuteError, QMPClient, QMPError
+
+from uringmig.errors import PeerError
+
+#: A QEMU greets at once; one that does not within this time is stopped or talks to another client.
+GREETING_TIMEOUT_S: Final = 10.0
+#: QMP commands used here answer at once unless QEMU's main loop is blocked, as by a slow disk.
+COMMAND_TIMEOUT_S: Final = 60.0
+#: Between two looks at a migration: short beside the shortest save, long beside a QMP round trip.
+POLL_S: Final = 0.02
+
+#: QEMU: MigrationStatus (qapi/migration.json), those that do not change any more.
+MIGRATION_ENDED: Final = frozenset({"completed", "failed", "cancelled", "none"})
+
+#: A line of ``info ramblock``: name, page size, offset, used, total, and since 8.0 the address.
+_RAMBLOCK_LINE: Final = re.compile(
+    r"\s*(?P<idstr>\S.*?)\s+\d+ .?i?B\s+0x[0-9a-f]+\s+0x(?P<used>[0-9a-f]+)"
+    r"\s+0x(?P<total>[0-9a-f]+)(?:\s+0x(?P<address>[0-9a-f]+))?.*"
+)
+
+# Without a handler of its own the client's log would go to stderr beside our one-line error.
+logging.getLogger("qemu").addHandler(logging.NullHandler())
+
+
+@dataclass(frozen=True, slots=True)
+class Migration:
+    """What query-migrate says.  QEMU: MigrationInfo.
+
+    Attributes:
+        status: QEMU's word: ``none``, ``setup``, ``active``, ``completed``, ``failed``, ...
+        error: QEMU's description of a failure, or None.
+        info: the whole answer.
+    """
+
+    status: str
+    error: str | None
+    info: Mapping[str, Any]
+
+    @property
+    def ended(self) -> bool:
+        """Nothing is under way (any more)."""
+        return self.status in MIGRATION_ENDED
+
+
+@dataclass(frozen=True, slots=True)
+class HostBlock:
+    """One ramblock as QEMU lists it.  QEMU: ram_block_format, HMP ``info ramblock``.
+
+    Attributes:
+        idstr: its name in the stream.
+        used_length: bytes in use, what a stream calls the length.
+        max_length: bytes reserved; more than ``used_length`` for resizable blocks only.
+        host_address: where it is mapped in QEMU's process, or None (QEMU before 8.0).
+    """
+
+    idstr: str
+    used_length: int
+    max_length: int
+    host_address: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class RamBackend:
+    """One memory backend object.  QEMU: Memdev, HostMemoryBackend.
+
+    Attributes:
+        id: its object id.
+        kind: QOM type: ``memory-backend-file``, ``memory-backend-memfd``, ``memory-backend-ram``.
+        size: bytes.
+        share: mapped shared.
+        path: ``mem-path`` as QEMU was told it; None unless backed by a named file.
+        offset: where it begins in that file, in bytes.
+        idstr: the ramblock it is, or None while no device uses it.
+    """
+
+    id: str
+    kind: str
+    size: int
+    share: bool
+    path: str | None
+    offset: int
+    idstr: str | None
+
+
+class Monitor:
+    """A connection to one QEMU's QMP socket; a context manager that closes it.
+
+    Not for use inside a running asyncio event loop.
+
+    Args:
+        path: the QMP unix socket.
+        greeting_timeout_s: how long to wait for the greeting, in seconds.
+        command_timeout_s: how long to wait for the answer to one command, in seconds.
+
+    Attributes:
+        path: the socket's path.
+        peer_pid: process id of the peer, from the kernel (SO_PEERCRED); 0 if it is in a process
+            id namespace that is not visible here.
+        qemu_version: (major, minor, micro), from the greeting.
+
+    Raises:
+        PeerError: no socket, nobody listens, not QMP, or no greeting in time.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        greeting_timeout_s: float = GREETING_TIMEOUT_S,
+        command_timeout_s: float = COMMAND_TIMEOUT_S,
+    ) -> None:
+        self.path = os.fspath(path)
+        self._command_timeout_s = command_timeout_s
+        self._client = QMPClient("uringmig")
+        connection = _connect(self.path, timeout_s=greeting_timeout_s)
+        self.peer_pid = _peer_pid(connection)
+        self._runner = asyncio.Runner()
+        try:
+            self._greet(connection, timeout_s=greeting_timeout_s)
+        except BaseException:
+            connection.close()
+            self._runner.close()
+            raise
+        self.qemu_version = self._version()
+
+    def _greet(self, connection: socket.socket, *, timeout_s: float) -> None:
+        """Take the greeting and negotiate; see the class for what it raises."""
+        try:
+            self._runner.run(_within(self._client.connect(connection), timeout_s))
+        except TimeoutError:
+            raise PeerError(
+                f"{self.path}: no QMP greeting within {timeout_s:g} s; "
+                "another client is connected to it, or QEMU does not respond"
+            ) from None
+        except ConnectError as error:
+            if isinstance(error.exc, EOFError | ConnectionError):
+                raise PeerError(f"{self.path}: the peer closed the connection") from None
+            raise PeerError(f"{self.path}: not a QMP socket ({error.exc})") from None
+
+    def _version(self) -> tuple[int, int, int]:
+        """The version the greeting named."""
+        greeting = self._client.greeting
+        try:
+            number: Any = {} if greeting is None else greeting.QMP.version["qemu"]
+            return int(number["major"]), int(number["minor"]), int(number["micro"])
+        except (KeyError, TypeError, ValueError):
+            self.close()
+            raise PeerError(f"{self.path}: the QMP greeting names no QEMU version") from None
+
+    def close(self) -> None:
+        """Close the connection; does nothing the second time."""
+        # The peer may have gone away meanwhile; there is nothing left to say to it.
+        with suppress(QMPError, EOFError, OSError, TimeoutError):
+            self._runner.run(_within(self._client.disconnect(), self._command_timeout_s))
+        self._runner.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def execute(self, command: str, /, **arguments: Any) -> Any:
+        """Run one QMP command and return what it returns.
+
+        Args:
+            command: its QMP name.
+            arguments: by their QMP names; ``**{"direct-io": True}`` for those with a hyphen.
+
+        Raises:
+            CommandError: QEMU refused.
+            PeerError: QEMU did not answer in time, or closed the connection.
+        """
+        return self._execute(command, arguments, timeout_s=self._command_timeout_s)
+
+    def _execute(self, command: str, arguments: dict[str, Any], *, timeout_s: float) -> Any:
+        """As `execute`, with a limit for this one answer."""
+        try:
+            return self._runner.run(_within(self._client.execute(command, arguments), timeout_s))
+        except ExecuteError as error:
+            raise CommandError(command, error.error.error.desc) from None
+        except TimeoutError:
+            raise PeerError(f"QEMU did not answer {command} within {timeout_s:g} s") from None
+        except (QMPError, EOFError, OSError) as error:
+            raise PeerError(f"QEMU went away during {command} ({error})") from None
+
+    def human(self, command_line: str) -> str:
+        """Run one line of the human monitor and return its output."""
+        return str(self.execute("human-monitor-command", **{"command-line": command_line}))
+
+    def run_state(self) -> str:
+        """QEMU's word for the guest's state: ``running``, ``paused``, ``inmigrate``, ..."""
+        return str(self.execute("query-status")["status"])
+
+    def ram_blocks(self) -> tuple[HostBlock, ...]:
+        """Every ramblock of this QEMU, in its own order (by descending ``max_length``).
+
+        Raises:
+            PeerError: the answer is not the table that QEMU prints.
+        """
+        blocks = []
+        for line in self.human("info ramblock").splitlines():
+            match = _RAMBLOCK_LINE.fullmatch(line)
+            if match is None:
+                continue
+            used, most, address = match["used"], match["total"], match["address"]
+            host_address = None if address is None else int(address, 16)
+            blocks.append(HostBlock(match["idstr"], int(used, 16), int(most, 16), host_address))
+        if not blocks:
+            raise PeerError("QEMU lists no RAM blocks (info ramblock)")
+        return tuple(blocks)
+
+    def ram_backends(self) -> tuple[RamBackend, ...]:
+        """Every memory backend object of this QEMU."""
+        idstrs = [block.idstr for block in self.ram_blocks()]
+        named = [entry for entry in self.execute("query-memdev") if "id" in entry]
+        return tuple(self._ram_backend(entry, idstrs) for entry in named)
+
+    def _ram_backend(self, entry: Mapping[str, Any], idstrs: list[str]) -> RamBackend:
+        """One entry of query-memdev and what its object says of its file."""
+        id_ = str(entry["id"])
+        kind = str(self._property(id_, "type"))
+        file_backed = kind == "memory-backend-file"
+        # x-use-canonical-path-for-ramblock-id gives the path; a device that brings the memory
+        # in (virtio-mem, pc-dimm on a bus) puts its own path before the id.
+        candidates = [idstr for idstr in idstrs if idstr in (id_, f"/objects/{id_}")] or [
+            idstr for idstr in idstrs if idstr.endswith(f"/{id_}")
+        ]
+        return RamBackend(
+            id=id_,
+            kind=kind,
+            size=int(entry["size"]),
+            # Before 6.1 query-memdev did not say whether a backend is shared.
+            share=bool(entry["share"] if "share" in entry else self._property(id_, "share")),
+            path=str(self._property(id_, "mem-path")) if file_backed else None,
+            offset=int(self._property(id_, "offset", missing=0)) if file_backed else 0,
+            idstr=candidates[0] if len(candidates) == 1 else None,
+        )
+
+    def _property(self, id_: str, name: str, *, missing: Any = None) -> Any:
+        """A property of an object, or ``missing`` where this QEMU has no such property."""
+        try:
+            return self.execute("qom-get", path=f"/objects/{id_}", property=name)
+        except CommandError:
+            if missing is None:
+                raise
+            return missing
+
+    def set_capabilities(self, **states: bool) -> None:
+        """Switch migration capabilities, all in one command."""
+        wanted = [{"capability": name, "state": state} for name, state in states.items()]
+        self.execute("migrate-set-capabilities", capabilities=wanted)
+
+    def set_parameters(self, **values: Any) -> None:
+        """Set migration parameters, all in one command."""
+        self.execute("migrate-set-parameters", **values)
+
+    def capabilities(self) -> dict[str, bool]:
+        """The migration capabilities this QEMU knows, and whether each is on."""
+        answer = self.execute("query-migrate-capabilities")
+        return {str(entry["capability"]): bool(entry["state"]) for entry in answer}
+
+    def parameters(self) -> dict[str, Any]:
+        """The migration parameters this QEMU knows, and their values."""
+        return dict(self.execute("query-migrate-parameters"))
+
+    @contextmanager
+    def saved_settings(self) -> Iterator[None]:
+        """Put migration capabilities and parameters back on leaving, however the block ends.
+
+        Only what differs is set. If the block failed and putting back fails too, the block's
+        error is raised, with a note.
+
+        Raises:
+            PeerError: QEMU refused to take a setting back.
+        """
+        capabilities, parameters = self.capabilities(), self.parameters()
+        try:
+            yield
+        except BaseException as error:
+            try:
+                self._put_back(capabilities, parameters)
+            except PeerError as second:
+                error.add_note(f"migration settings were not put back: {second}")
+            raise
+        self._put_back(capabilities, parameters)
+
+    def _put_back(self, capabilities: dict[str, bool], parameters: dict[str, Any]) -> None:
+        """Set what differs from what was saved."""
+        now = self.capabilities()
+        changed = {name: on for name, on in capabilities.items() if now.get(name) != on}
+        # Parameters first: some are refused unless the capability they belong to is on.
+        values = self.parameters()
+        differing = {name: value for name, value in parameters.items() if values[name] != value}
+        if differing:
+            self.set_parameters(**differing)
+        if changed:
+            self.set_capabilities(**changed)
+
+    def migration(self) -> Migration:
+        """How the present or last migration, of either direction, stands."""
+        return self._migration(timeout_s=self._command_timeout_s)
+
+    def _migration(self, *, timeout_s: float) -> Migration:
+        info = self._execute("query-migrate", {}, timeout_s=timeout_s)
+        error = info.get("error-desc")
+        return Migration(
+            status=str(info.get("status", "none")),
+            error=None if error is None else str(error),
+            info=info,
+        )
+
+    def wait_for_migration(
+        self, *, timeout_s: float, progress: Callable[[Migration], None] | None = None
+    ) -> Migration:
+        """Wait until nothing is under way and return the outcome, which may be a failure.
+
+        QEMU's main loop does not answer while it loads RAM from a file, so one answer may take
+        as long as the load; ``timeout_s`` bounds the whole wait.
+
+        Raises:
+            PeerError: QEMU went away, or the time is over.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                raise PeerError(f"the migration did not end within {timeout_s:g} s")
+            migration = self._migration(timeout_s=left_s)
+            if progress is not None:
+                progress(migration)
+            if migration.ended:
+                return migration
+            time.sleep(POLL_S)
+
+
+class CommandError(PeerError):
+    """QEMU understood a command and refused it.
+
+    Attributes:
+        command: its QMP name.
+        description: QEMU's own words.
+    """
+
+    def __init__(self, command: str, description: str) -> None:
+        self.command = command
+        self.description = description
+        super().__init__(f"QEMU refused {command}: {description}")
+
+
+async def _within(awaitable: Any, limit_s: float) -> Any:
+    """Await with a limit; `asyncio.Runner` takes coroutines only, so this is one."""
+    return await asyncio.wait_for(awaitable, limit_s)
+
+
+def _connect(path: str, *, timeout_s: float) -> socket.socket:
+    """Connect to a unix socket; the error says which of the usual mistakes it is."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    # With a limit the socket is non-blocking underneath: a full backlog then is EAGAIN at once.
+    connection.settimeout(timeout_s)
+    try:
+        connection.connect(path)
+    except OSError as error:
+        connection.close()
+        reasons = {
+            errno.ENOENT: "no such QMP socket",
+            errno.ECONNREFUSED: "nobody listens on this socket (QEMU ended, or it is no socket)",
+            errno.EAGAIN: "other clients already wait for this QMP socket",
+            errno.EACCES: "no permission to connect to this QMP socket",
+        }
+        reason = reasons.get(error.errno or 0, f"cannot connect: {error}")
+        raise PeerError(f"{path}: {reason}") from None
+    connection.setblocking(False)
+    return connection
+
+
+def _peer_pid(connection: socket.socket) -> int:
+    """The process that listens at the other end.  Linux: struct ucred, unix(7)."""
+    credentials = struct.Struct("=iII")
+    packed = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, credentials.size)
+    pid: int = credentials.unpack(packed)[0]
+    return pid
