@@ -52,7 +52,7 @@ class TransferOptions:
         """
         _in_range("channels", self.channels, 1, CHANNELS_MAX)
         _in_range("depth", self.depth, 1, DEPTH_MAX)
-        _in_range("block_size", self.block_size, PAGE_SIZE, 1024 * MiB)
+        _in_range("block_size", self.block_size, PAGE_SIZE, WINDOW_BYTES)
         _in_range("bridge", self.bridge, 0, self.block_size)
         _in_range("rate", self.rate, 0, 1 << 62)
         if not is_aligned(self.block_size, PAGE_SIZE):

@@ -1,0 +1,44 @@
+"""Which engine runs: what was asked for, what this host can, and a word where they differ."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from uringmig.errors import HostError
+from uringmig.options import EngineName
+from uringmig.storage import liburing
+from uringmig.storage.engine import EngineFactory
+from uringmig.storage.pwrite import PwriteEngine
+from uringmig.storage.ring import RingEngine
+
+
+@dataclass(frozen=True, slots=True)
+class EngineChoice:
+    """An engine and how it came to be chosen.
+
+    Attributes:
+        name: ``io_uring``, ``pwrite``, or a caller's own.
+        factory: makes one engine in the calling thread.
+        note: one line if ``auto`` had to fall back, else None.
+    """
+
+    name: str
+    factory: EngineFactory
+    note: str | None = None
+
+
+def choose_engine(name: EngineName) -> EngineChoice:
+    """Settle on an engine; ``auto`` takes io_uring wherever it works.
+
+    Raises:
+        HostError: ``io_uring`` was asked for and cannot be had; with the cause and the cure.
+    """
+    if name == "pwrite":
+        return EngineChoice("pwrite", PwriteEngine)
+    try:
+        liburing.load()
+    except HostError as error:
+        if name == "io_uring":
+            raise
+        return EngineChoice("pwrite", PwriteEngine, f"using pwrite: {error}")
+    return EngineChoice("io_uring", RingEngine)

@@ -1,0 +1,155 @@
+"""How a file gets its name: NAME.partial, made durable, renamed, the folder synced.
+
+A name without ``.partial`` is a whole, durable file. A sidecar is published with its file such that
+no crash leaves a new file beside an old sidecar: the old sidecar goes first, the new one comes
+last, and a file without one is still whole.
+
+A partial file is locked with flock(2) while its writer lives, so a second writer is refused and
+what a killed one left is taken over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import stat
+from typing import Final
+
+from uringmig.errors import StateError, StorageError
+from uringmig.storage.mainfile import MainFile
+
+PARTIAL: Final = ".partial"
+#: QEMU creates its files so too (migration/file.c): guest memory is nobody else's business.
+_MODE: Final = 0o600
+
+
+class Publication:
+    """One file on its way to its final name.
+
+    Raises:
+        StateError: the name cannot be a file's.
+        StorageError: the partial file cannot be made, or another writer holds it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, sidecar: str) -> None:
+        self.path = os.path.abspath(os.fspath(path))
+        self.partial_path = self.path + PARTIAL
+        self.sidecar_path = self.path + sidecar
+        _check_name(self.path)
+        #: The buffered descriptor of the partial file; it also holds the lock.
+        self.main = MainFile(_create_locked(self.partial_path), self.partial_path)
+        self._open = True
+
+    def publish(self, sidecar: bytes | None) -> None:
+        """Give the file, already durable, its final name; success is said only after this.
+
+        Raises:
+            StorageError: the name does not exist, or still holds its former content.
+        """
+        sidecar_partial = self.sidecar_path + PARTIAL
+        folder = _open_folder(self.path)
+        try:
+            if sidecar is not None:
+                _write_durable(sidecar_partial, sidecar)
+            if _unlink(self.sidecar_path):
+                os.fsync(folder)
+            os.rename(self.partial_path, self.path)
+            try:
+                if sidecar is not None:
+                    os.rename(sidecar_partial, self.sidecar_path)
+                os.fsync(folder)
+            except OSError:
+                _unlink(self.path)
+                _unlink(self.sidecar_path)
+                raise
+        except OSError as error:
+            _unlink(sidecar_partial)
+            raise StorageError("cannot publish", errno=error.errno, path=self.path) from None
+        finally:
+            os.close(folder)
+        self._close()
+
+    def discard(self) -> None:
+        """Remove the partial file, unless it was published; the final name is not touched."""
+        if self._open:
+            _unlink(self.partial_path)
+            self._close()
+
+    def _close(self) -> None:
+        """Close the descriptor, and with it the lock."""
+        self._open = False
+        os.close(self.main.fd)
+
+
+def _check_name(path: str) -> None:
+    """Refuse what a rename could not replace by a regular file."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise StorageError("cannot look at", errno=error.errno, path=path) from None
+    if not stat.S_ISREG(mode):
+        raise StateError(f"{path}: exists and is not a regular file")
+
+
+def _create_locked(path: str) -> int:
+    """Create or take over the partial file, empty and locked."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    while True:
+        try:
+            fd = os.open(path, flags, _MODE)
+        except OSError as error:
+            raise StorageError("cannot create", errno=error.errno, path=path) from None
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Between open and lock its former owner may have renamed it: then it is not ours.
+            if _same_file(fd, path):
+                os.fchmod(fd, _MODE)
+                os.ftruncate(fd, 0)
+                return fd
+        except OSError as error:
+            os.close(fd)
+            if error.errno == errno.EWOULDBLOCK:
+                raise StorageError("another save is writing this file", path=path) from None
+            raise StorageError("cannot prepare", errno=error.errno, path=path) from None
+        os.close(fd)
+
+
+def _same_file(fd: int, path: str) -> bool:
+    """Say whether ``path`` still names the open file."""
+    try:
+        named = os.stat(path, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    opened = os.fstat(fd)
+    return (named.st_dev, named.st_ino) == (opened.st_dev, opened.st_ino)
+
+
+def _open_folder(path: str) -> int:
+    """Open the folder of ``path``, for its fsync."""
+    try:
+        return os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise StorageError("cannot open the folder", errno=error.errno, path=path) from None
+
+
+def _write_durable(path: str, data: bytes) -> None:
+    """Write a small file and make it durable."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, _MODE)
+    try:
+        file = MainFile(fd, path)
+        file.write_at(0, data)
+        file.sync()
+    finally:
+        os.close(fd)
+
+
+def _unlink(path: str) -> bool:
+    """Remove a file; say whether there was one."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+        return True
+    return False

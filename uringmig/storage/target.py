@@ -1,0 +1,85 @@
+"""Where an image goes: a name, published atomically; or two descriptors of the caller's.
+
+Either way there are two separate opens of one file: ``direct`` for the pages, ``main`` for the
+stream. No flag is ever toggled and nothing is dup'ed.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Protocol
+
+from uringmig.options import DirectMode
+from uringmig.storage.directfile import DirectFile, adopt_direct, check_pair, open_direct
+from uringmig.storage.engine import Operation
+from uringmig.storage.mainfile import MainFile
+from uringmig.storage.publication import Publication
+
+
+class Target(Protocol):
+    """An image file being written."""
+
+    direct: DirectFile
+    main: MainFile
+    path: str
+
+    def publish(self, sidecar: bytes | None) -> str | None:
+        """Give the durable file its name; return the path of the sidecar, if there is one."""
+
+    def close(self) -> None:
+        """Close what was opened here; discard what was not published."""
+
+
+class NamedTarget:
+    """A path: written as ``NAME.partial``, renamed when it is whole and durable.
+
+    Raises:
+        StateError: the name is taken by something that is not a file.
+        StorageError: it cannot be created, or O_DIRECT is required and cannot be had.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], *, mode: DirectMode, sidecar_suffix: str
+    ) -> None:
+        self._publication = Publication(path, sidecar=sidecar_suffix)
+        self.path = self._publication.path
+        self.main = self._publication.main
+        try:
+            self.direct = open_direct(self._publication.partial_path, Operation.WRITE, mode)
+            self.main.set_size(0)  # the probe left a page
+        except BaseException:
+            self._publication.discard()
+            raise
+
+    def publish(self, sidecar: bytes | None) -> str | None:
+        """Rename, sidecar included; see `Publication.publish`."""
+        self._publication.publish(sidecar)
+        return None if sidecar is None else self._publication.sidecar_path
+
+    def close(self) -> None:
+        """Close both descriptors; remove the partial file if it was not published."""
+        os.close(self.direct.fd)
+        self._publication.discard()
+
+
+class PassedTarget:
+    """Two open descriptors, as a management application passes them in a QEMU fdset.
+
+    They stay the caller's, and so do the name and what becomes of the file after a failure.
+
+    Raises:
+        StateError: they are not a plain and an O_DIRECT open of one file.
+    """
+
+    def __init__(self, direct_fd: int, main_fd: int) -> None:
+        check_pair(direct_fd, main_fd)
+        self.path = f"descriptors {direct_fd} and {main_fd}"
+        self.direct = adopt_direct(direct_fd)
+        self.main = MainFile(main_fd, self.path)
+
+    def publish(self, sidecar: bytes | None) -> str | None:
+        """Nothing: the name is the caller's, and there is no place for a sidecar."""
+        return None
+
+    def close(self) -> None:
+        """Nothing: the descriptors are the caller's."""
