@@ -1,0 +1,69 @@
+"""Memory that the process already holds: numpy arrays, mmaps, bytearrays, bytes. Never copied."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from uringmig.errors import StateError
+from uringmig.memory.source import Extents, check_range
+from uringmig.options import PAGE_SIZE
+from uringmig.units import is_aligned
+
+
+class BufferMemory:
+    """A caller's buffer as a `MemorySource`, and as a `MemorySink` where it is writable.
+
+    It keeps the buffer alive until `close`, and takes all of it for data: holes are not looked for.
+
+    Args:
+        buffer: anything with a C-contiguous buffer, of any shape and item size; a positive whole
+            number of pages long. O_DIRECT takes it where it lies only if page aligned.
+
+    Raises:
+        StateError: the buffer is not contiguous, empty, or not a whole number of pages.
+    """
+
+    def __init__(self, buffer: object) -> None:
+        self._view: NDArray[np.uint8] | None = _as_bytes(buffer)
+        self.length_bytes = len(self._view)
+        if self.length_bytes == 0 or not is_aligned(self.length_bytes, PAGE_SIZE):
+            raise StateError(
+                f"memory of {self.length_bytes} bytes is not a positive multiple of {PAGE_SIZE}"
+            )
+
+    @property
+    def view(self) -> NDArray[np.uint8]:
+        """The buffer as 1-D uint8; read-only if the buffer is."""
+        if self._view is None:
+            raise StateError("the memory is closed")
+        return self._view
+
+    @property
+    def address(self) -> int:
+        """Address of the first byte; whatever alignment the buffer has."""
+        return self.view.ctypes.data
+
+    def data_extents(self, *, start: int, length: int) -> Extents:
+        """Give the whole range: any byte of a buffer may be nonzero.
+
+        Raises:
+            StateError: the range is not in the memory or not page aligned, or it is closed.
+        """
+        check_range(start=start, length=length, length_bytes=len(self.view))
+        return Extents.from_pairs([(start, start + length)] if length else [])
+
+    def close(self) -> None:
+        """Let go of the buffer; further calls do nothing."""
+        self._view = None
+
+
+def _as_bytes(buffer: object) -> NDArray[np.uint8]:
+    """View a buffer as 1-D uint8 without a copy."""
+    try:
+        flat = memoryview(buffer)  # type: ignore[arg-type]  # what is no buffer is refused below
+        if not flat.c_contiguous:
+            raise StateError("the memory's buffer is not C-contiguous")
+        return np.frombuffer(flat, np.uint8)
+    except (TypeError, ValueError, BufferError) as error:
+        raise StateError(f"the memory is not a usable buffer: {error}") from error

@@ -1,0 +1,132 @@
+"""What guest RAM looks like to the rest: an address, a view, and where it may hold data.
+
+Rules for every source and sink:
+
+- Bytes are named by offset from the beginning of the memory, page aligned; ``address`` is where
+  offset 0 lies in this process, page aligned where O_DIRECT is to take it from there.
+- Outside `MemorySource.data_extents` all bytes are zero, and the view must not be read there:
+  reading a hole of a shared mapping allocates it on the host.
+- Views and addresses are good until ``close``. A view that outlives it keeps its memory mapped; an
+  address does not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from uringmig.errors import StateError
+from uringmig.options import PAGE_SIZE
+from uringmig.units import is_aligned
+
+Int64Array = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Extents:
+    """Byte ranges of a memory: sorted, disjoint, never empty; 1-D int64 arrays, made read-only.
+
+    Attributes:
+        start: offset of each range from the beginning of the memory, in bytes.
+        length: bytes in each range, > 0.
+    """
+
+    start: Int64Array
+    length: Int64Array
+
+    def __post_init__(self) -> None:
+        """Assert the invariants and freeze the arrays."""
+        assert self.start.ndim == 1, self.start.shape
+        assert self.start.shape == self.length.shape, (self.start.shape, self.length.shape)
+        assert self.start.dtype == np.int64, self.start.dtype
+        assert self.length.dtype == np.int64, self.length.dtype
+        assert (self.length > 0).all()
+        assert (self.start[1:] >= (self.start + self.length)[:-1]).all()
+        self.start.flags.writeable = False
+        self.length.flags.writeable = False
+
+    @classmethod
+    def from_pairs(cls, pairs: list[tuple[int, int]]) -> Extents:
+        """Make extents of (start, end) pairs, sorted and disjoint; those that touch are joined."""
+        bounds = np.array(pairs, np.int64).reshape(-1, 2)
+        splits = np.flatnonzero(bounds[1:, 0] > bounds[:-1, 1])
+        start = bounds[np.concatenate([[0], splits + 1]), 0] if len(bounds) else bounds[:, 0]
+        end = bounds[np.concatenate([splits, [-1]]), 1] if len(bounds) else bounds[:, 1]
+        return cls(start.copy(), end - start)
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes in all ranges together."""
+        return int(self.length.sum())
+
+
+class MemorySource(Protocol):
+    """Guest RAM to be saved; may be asked from several threads at the same time.
+
+    Attributes:
+        length_bytes: size, a whole number of pages.
+        address: where offset 0 lies in this process.
+        view: the whole memory, 1-D uint8 of ``length_bytes``; may be read-only.
+    """
+
+    @property
+    def length_bytes(self) -> int: ...  # noqa: D102
+
+    @property
+    def address(self) -> int: ...  # noqa: D102
+
+    @property
+    def view(self) -> NDArray[np.uint8]: ...  # noqa: D102
+
+    def data_extents(self, *, start: int, length: int) -> Extents:
+        """Say where in ``length`` bytes from ``start`` on bytes may be nonzero; page aligned.
+
+        The memory must not change meanwhile: what is a hole now may have data a moment later.
+
+        Raises:
+            StateError: the range is not in the memory or not page aligned, or it is closed.
+            StorageError: the kernel refused to tell.
+        """
+
+    def close(self) -> None:
+        """Let go of the memory; further calls do nothing."""
+
+
+class MemorySink(Protocol):
+    """Guest RAM to be filled.
+
+    Attributes:
+        length_bytes: size, a whole number of pages.
+        address: where offset 0 lies in this process.
+        view: the whole memory, 1-D uint8 of ``length_bytes``, writable.
+    """
+
+    @property
+    def length_bytes(self) -> int: ...  # noqa: D102
+
+    @property
+    def address(self) -> int: ...  # noqa: D102
+
+    @property
+    def view(self) -> NDArray[np.uint8]: ...  # noqa: D102
+
+    def close(self) -> None:
+        """Let go of the memory; further calls do nothing."""
+
+
+def check_range(*, start: int, length: int, length_bytes: int) -> None:
+    """Refuse a byte range that is not made of whole pages of a memory of ``length_bytes``.
+
+    Raises:
+        StateError: names the range and the rule.
+    """
+    if not is_aligned(start, PAGE_SIZE) or not is_aligned(length, PAGE_SIZE):
+        raise StateError(f"range {start:#x} + {length:#x} is not made of pages of {PAGE_SIZE}")
+    if start < 0 or length < 0 or start + length > length_bytes:
+        raise StateError(f"range {start:#x} + {length:#x} is not in memory of {length_bytes:#x}")
