@@ -1,0 +1,126 @@
+"""A real guest that can tell: Linux and busybox that remember their memory and say so.
+
+The guest fills memory with random bytes, prints a digest of it on its serial console, keeps a
+counter going in its own memory, and answers questions on the same console. After a restore it can
+be asked again: an equal digest says that it remembers, a higher count that it goes on.
+
+Its lines (each ends with CR LF, as serial consoles do)::
+
+    UM digest=<md5 of all that was filled>    once filled, and as the answer to "digest"
+    UM count=<n>                              every second, and as the answer to "count"
+    UM ready                                  after the first digest: questions are read now
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from uringmig.units import MiB, align_up
+
+#: Where ci/setup puts the kernel and busybox: in the checkout, unpacked and not installed.
+GUEST_FOLDER: Final = Path(__file__).resolve().parents[2] / ".cache" / "guest"
+
+_INIT: Final = """#!/bin/busybox sh
+/bin/busybox --install -s /bin
+export PATH=/bin
+mkdir -p /proc /sys /dev /mem /state
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+mount -t devtmpfs devtmpfs /dev
+mount -t tmpfs -o size=100%,nr_inodes=0 tmpfs /mem
+mount -t tmpfs tmpfs /state
+exec </dev/ttyS0 >/dev/ttyS0 2>&1
+stty -echo
+echo 1 >/proc/sys/kernel/printk
+fill=0
+for word in $(cat /proc/cmdline); do
+    case $word in fill=*) fill=${word#fill=} ;; esac
+done
+
+# The page cache of files in /mem is the memory that is filled; a digest reads all of it.
+digest() { echo "UM digest=$(cat /mem/* | md5sum | cut -d' ' -f1)"; }
+
+n=0
+while [ $n -lt $fill ]; do
+    dd if=/dev/urandom of=/mem/$(printf %05d $n) bs=1M count=1 2>/dev/null || echo "UM full at $n"
+    n=$((n + 1))
+done
+echo 0 >/state/count
+digest
+# In one process, so that no two lines mix; the count is in the shell's own memory too.
+(
+    n=0
+    while sleep 1; do
+        n=$((n + 1))
+        echo $n >/state/count.new && mv /state/count.new /state/count
+        echo "UM count=$n"
+    done
+) &
+echo "UM ready"
+while read -r line; do
+    case $line in
+        digest*) digest ;;
+        count*) echo "UM count=$(cat /state/count)" ;;
+        off*) poweroff -f ;;
+    esac
+done
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class GuestImage:
+    """What QEMU boots.
+
+    Attributes:
+        kernel: a Linux bzImage.
+        initramfs: an uncompressed cpio archive with busybox and our /init.
+    """
+
+    kernel: Path
+    initramfs: Path
+
+    def command_line(self, *, fill_bytes: int) -> str:
+        """The kernel command line; ``fill_bytes`` is rounded up to whole MiB."""
+        fill = align_up(fill_bytes, MiB) // MiB
+        return f"console=ttyS0 quiet loglevel=1 panic=-1 fill={fill}"
+
+
+def build_guest(folder: Path) -> GuestImage | None:
+    """Build the initramfs in ``folder`` from what ci/setup fetched; None if that is not there.
+
+    The environment variables URINGMIG_KERNEL and URINGMIG_BUSYBOX name other files to use.
+    """
+    kernel = Path(os.environ.get("URINGMIG_KERNEL", GUEST_FOLDER / "vmlinuz"))
+    busybox = Path(os.environ.get("URINGMIG_BUSYBOX", GUEST_FOLDER / "busybox"))
+    if not (kernel.is_file() and busybox.is_file()):
+        return None
+    initramfs = folder / "initramfs.cpio"
+    initramfs.write_bytes(
+        _cpio(
+            [
+                ("bin", 0o040755, b""),
+                ("bin/busybox", 0o100755, busybox.read_bytes()),
+                ("init", 0o100755, _INIT.encode()),
+            ]
+        )
+    )
+    return GuestImage(kernel, initramfs)
+
+
+def _cpio(entries: list[tuple[str, int, bytes]]) -> bytes:
+    """A "newc" archive of (name, mode, content).  Linux: usr/gen_init_cpio.c.
+
+    The kernel adds /dev/console by itself (its built-in initramfs).
+    """
+    archive = bytearray()
+    for inode, (name, mode, content) in enumerate([*entries, ("TRAILER!!!", 0, b"")], start=1):
+        fields = [inode, mode, 0, 0, 1, 0, len(content), 0, 0, 0, 0, len(name) + 1, 0]
+        archive += b"070701" + b"".join(b"%08X" % field for field in fields)
+        archive += name.encode() + b"\0"
+        archive += bytes(-len(archive) % 4)
+        archive += content
+        archive += bytes(-len(archive) % 4)
+    return bytes(archive)
