@@ -157,7 +157,8 @@ class Monitor:
         except ConnectError as error:
             if isinstance(error.exc, EOFError | ConnectionError):
                 raise PeerError(f"{self.path}: the peer closed the connection") from None
-            raise PeerError(f"{self.path}: not a QMP socket ({error.exc})") from None
+            reason = str(error.exc).partition("\n")[0]
+            raise PeerError(f"{self.path}: not a QMP socket ({reason})") from None
 
     def _version(self) -> tuple[int, int, int]:
         """The version the greeting named."""
