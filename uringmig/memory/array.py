@@ -64,6 +64,9 @@ def _as_bytes(buffer: object) -> NDArray[np.uint8]:
         flat = memoryview(buffer)  # type: ignore[arg-type]  # what is no buffer is refused below
         if not flat.c_contiguous:
             raise StateError("the memory's buffer is not C-contiguous")
+        if "O" in flat.format:
+            # Filling these from a file would make pointers of guest bytes.
+            raise StateError("the memory's buffer holds Python objects")
         return np.frombuffer(flat, np.uint8)
     except (TypeError, ValueError, BufferError) as error:
         raise StateError(f"the memory is not a usable buffer: {error}") from error

@@ -13,7 +13,7 @@ Rules for every source and sink:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,6 +66,7 @@ class Extents:
         return int(self.length.sum())
 
 
+@runtime_checkable
 class MemorySource(Protocol):
     """Guest RAM to be saved; may be asked from several threads at the same time.
 
@@ -98,6 +99,7 @@ class MemorySource(Protocol):
         """Let go of the memory; further calls do nothing."""
 
 
+@runtime_checkable
 class MemorySink(Protocol):
     """Guest RAM to be filled.
 
