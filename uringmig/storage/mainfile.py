@@ -7,7 +7,9 @@ description, so one description cannot serve both.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+from collections.abc import Iterator
 from typing import Final
 
 from uringmig.errors import StorageError
@@ -67,6 +69,26 @@ class MainFile:
             offset, length = offset + len(piece), length - len(piece)
         return b"".join(pieces)
 
+    def data_pieces(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """Yield (offset, length) of what is not a hole between ``start`` and ``end``.
+
+        Raises:
+            StorageError: the kernel refused to tell.
+        """
+        while start < end:
+            try:
+                start = os.lseek(self.fd, start, os.SEEK_DATA)
+                hole = os.lseek(self.fd, start, os.SEEK_HOLE)
+            except OSError as error:
+                if error.errno == errno.ENXIO:  # nothing but a hole up to the end of the file
+                    return
+                raise StorageError(
+                    "cannot look for holes", errno=error.errno, path=self.path, offset=start
+                ) from None
+            if start < end:
+                yield start, min(hole, end) - start
+            start = hole
+
     def set_size(self, size: int) -> None:
         """Give the file its length before the first page write.
 
@@ -92,6 +114,12 @@ class MainFile:
             os.fdatasync(self.fd)
         except OSError as error:
             raise StorageError("fdatasync failed", errno=error.errno, path=self.path) from None
+
+    def close(self) -> None:
+        """Close the descriptor; harmless when called again."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
 
     def drop_cache(self) -> None:
         """Let the kernel forget clean cached pages of this file, so that others' stay."""

@@ -80,7 +80,7 @@ class Publication:
     def _close(self) -> None:
         """Close the descriptor, and with it the lock."""
         self._open = False
-        os.close(self.main.fd)
+        self.main.close()
 
 
 def _check_name(path: str) -> None:

@@ -1,0 +1,326 @@
+"""One multifd channel: a thread, its engine, its share of the windows; and a round of them.
+
+A channel takes the next window from the shared queue, plans it (for a save: finds its zero
+pages), submits to its own engine and reaps its own completions: the reaper is a role in the
+channel, not a thread, since io_uring's SINGLE_ISSUER wants the submitter to reap. While requests
+are in flight it looks at the next window.
+
+A round ends when every channel has drained: no two rounds ever have requests in flight together,
+so a page of the next round cannot overtake the same page of this one.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+from uringmig.errors import FormatError, StorageError
+from uringmig.iobatch import IoPlan
+from uringmig.options import TransferOptions
+from uringmig.plan import Window
+from uringmig.progress import ChannelCounters
+from uringmig.storage.bounce import BounceEngine
+from uringmig.storage.choice import EngineChoice
+from uringmig.storage.directfile import DirectFile
+from uringmig.storage.engine import Engine, Operation
+from uringmig.transfer import Transfer
+
+#: Requests of less than a block may be more than ``depth``, within the same bytes: 4-KiB writes
+#: need about a hundred in flight to keep a disk busy, and fewer channels' worth of tags than 256.
+_SLOTS_PER_DEPTH: Final = 16
+_SLOTS_MAX: Final = 256
+#: How long one wait lasts before the channel looks whether it should stop.
+_WAIT_NS: Final = 200_000_000
+#: How often whoever waits for a round is told of its progress.
+_INTERVAL_SECONDS: Final = 0.1
+_BACKOFF_SECONDS_MAX: Final = 0.128
+
+#: Engines that failed while requests were in flight, with what the kernel may still be using.
+_ABANDONED: Final[list[Any]] = []
+
+
+class WindowWork(Protocol):
+    """What a channel does with its windows; one object for each channel, used in its thread."""
+
+    #: Most windows planned and not finished.
+    windows_max: int
+
+    def plan(self, window: Window) -> IoPlan:
+        """Decide what to move; may be empty."""
+
+    def submitted(self, window: Window) -> None:
+        """Do what can be done beside the device, such as digesting what is in the cache."""
+
+    def finished(self, window: Window) -> None:
+        """Note that the last request of the window has completed."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelFile:
+    """What every channel of a round shares: the file, the direction, the settings.
+
+    ``bounce`` is set where memory is not aligned as the file's O_DIRECT asks.
+    """
+
+    file: DirectFile
+    path: str
+    operation: Operation
+    engine: EngineChoice
+    options: TransferOptions
+    bounce: bool
+
+    def make_engine(self, slots: int) -> Engine:
+        """Make a channel's engine, in the channel's thread."""
+        engine = self.engine.factory(self.file.fd, self.operation, slots)
+        if self.bounce:
+            return BounceEngine(engine, self.operation, self.options.block_size)
+        return engine
+
+    @property
+    def slots(self) -> int:
+        """Requests a channel may have in flight."""
+        return max(self.options.depth, min(self.options.depth * _SLOTS_PER_DEPTH, _SLOTS_MAX))
+
+
+class Pacer:
+    """Spreads bytes over time: ``rate`` bytes a second over all channels; 0 is no limit."""
+
+    def __init__(self, rate: int) -> None:
+        self._rate = rate
+        self._lock = threading.Lock()
+        self._free_at = time.monotonic()
+
+    def delay(self, count_bytes: int) -> float:
+        """Book ``count_bytes`` and return the seconds to wait before they may go."""
+        if self._rate == 0:
+            return 0.0
+        now = time.monotonic()
+        with self._lock:
+            starts_at = max(self._free_at, now)
+            self._free_at = starts_at + count_bytes / self._rate
+        return starts_at - now
+
+
+class Channel:
+    """The loop of one channel; made in one thread, run in another."""
+
+    def __init__(
+        self,
+        shared: ChannelFile,
+        windows: deque[Window],
+        work: WindowWork,
+        counters: ChannelCounters,
+        pacer: Pacer,
+    ) -> None:
+        options = shared.options
+        self._shared = shared
+        self._windows = windows
+        self._work = work
+        self._counters = counters
+        self._pacer = pacer
+        self._bytes_max = options.depth * options.block_size
+        alignment = shared.file.alignment
+        self._transfer = Transfer(
+            slots=shared.slots,
+            bytes_max=self._bytes_max,
+            alignment=max(alignment.offset, alignment.memory),
+        )
+        self._open: dict[int, Window] = {}
+        self._next_tag = 0
+        self._completed_before = counters.completed_bytes
+        self._requests_before = counters.requests
+
+    def run(self) -> None:
+        """Go through windows until none is left and everything has completed.
+
+        Raises:
+            StorageError: a request failed; everything in flight was drained first.
+            FormatError: the file ended before what was to be read.
+        """
+        started = time.thread_time()
+        engine = self._shared.make_engine(self._shared.slots)
+        try:
+            self._loop(engine)
+        finally:
+            self._drain(engine)
+            self._counters.cpu_seconds += time.thread_time() - started
+        failure = self._transfer.failure
+        if failure is None:
+            return
+        verb = self._shared.operation.value
+        if failure.errno == 0:
+            raise FormatError("the file ends inside a page area", offset=failure.file_offset)
+        raise StorageError(
+            f"{verb} failed",
+            errno=failure.errno,
+            path=self._shared.path,
+            offset=failure.file_offset,
+        )
+
+    def _loop(self, engine: Engine) -> None:
+        """Plan, submit, reap; look ahead only as far as the device can use."""
+        transfer = self._transfer
+        while True:
+            window = self._next_window()
+            if window is not None:
+                self._plan(window)
+            elif transfer.idle:
+                return
+            self._submit(engine)
+            if window is not None:
+                self._digest(window)
+            wait_count = 0 if self._wants_window() else max(1, transfer.in_flight_count // 8)
+            self._reap(engine, wait_count=wait_count)
+
+    def _wants_window(self) -> bool:
+        """Say whether there is a window and room to look at it now."""
+        transfer = self._transfer
+        return (
+            bool(self._windows)
+            and transfer.failure is None
+            and len(self._open) < self._work.windows_max
+            and transfer.pending_count < transfer.slots
+            and transfer.pending_bytes < self._bytes_max
+        )
+
+    def _next_window(self) -> Window | None:
+        """Take a window from the shared queue, if there is one and room for it."""
+        if not self._wants_window():
+            return None
+        try:
+            return self._windows.popleft()
+        except IndexError:  # another channel was quicker
+            return None
+
+    def _plan(self, window: Window) -> None:
+        """Plan one window and queue its requests."""
+        started = time.perf_counter()
+        plan = self._work.plan(window)
+        if len(plan):
+            self._open[self._next_tag] = window
+            self._transfer.add(plan, tag=self._next_tag)
+            self._next_tag += 1
+        else:
+            self._finish(window)
+        self._counters.scanned_bytes += window.length_bytes
+        self._counters.scan_seconds += time.perf_counter() - started
+
+    def _submit(self, engine: Engine) -> None:
+        """Give the engine what fits, at the allowed rate."""
+        pause = 0.0
+        if self._transfer.retries:
+            pause = min(0.001 * 2**self._transfer.retries, _BACKOFF_SECONDS_MAX)
+        batch = self._transfer.take()
+        if not len(batch):
+            return
+        pause = max(pause, self._pacer.delay(int(batch.length.sum())))
+        if pause > 0:
+            time.sleep(pause)
+            self._counters.wait_seconds += pause
+        started = time.perf_counter()
+        engine.submit(batch)
+        self._counters.in_flight_bytes = self._transfer.bytes_in_flight
+        self._counters.submit_seconds += time.perf_counter() - started
+
+    def _digest(self, window: Window) -> None:
+        """Let the work use the time the device needs."""
+        started = time.perf_counter()
+        self._work.submitted(window)
+        self._counters.digest_seconds += time.perf_counter() - started
+
+    def _reap(self, engine: Engine, *, wait_count: int) -> None:
+        """Collect completions, then act on them."""
+        transfer, counters = self._transfer, self._counters
+        started = time.perf_counter()
+        done = engine.reap(wait_count=wait_count, timeout_ns=_WAIT_NS)
+        counters.wait_seconds += time.perf_counter() - started
+        finished = transfer.complete(done)
+        counters.completed_bytes = self._completed_before + transfer.bytes_completed
+        counters.requests = self._requests_before + transfer.requests_completed
+        counters.in_flight_bytes = transfer.bytes_in_flight
+        for tag in finished:
+            self._finish(self._open.pop(tag))
+
+    def _finish(self, window: Window) -> None:
+        """Note the end of a window."""
+        self._work.finished(window)
+        self._counters.finished_bytes += window.length_bytes
+
+    def _drain(self, engine: Engine) -> None:
+        """Wait for all that is in flight, whatever happened, and close the engine."""
+        transfer = self._transfer
+        try:
+            transfer.stop()
+            while transfer.in_flight_count:
+                transfer.complete(engine.reap(wait_count=1, timeout_ns=_WAIT_NS))
+                transfer.stop()  # a short or refused request is not tried again now
+            engine.close()
+        except BaseException:
+            # The kernel may still use the memory: keep it, and all that owns it, for good.
+            _ABANDONED.append((self, engine))
+            raise
+
+
+def run_round(
+    shared: ChannelFile,
+    windows: Sequence[Window],
+    make_work: Callable[[ChannelCounters], WindowWork],
+    counters: Sequence[ChannelCounters],
+) -> Iterator[None]:
+    """Run one channel per counter over ``windows``; yield now and then until all have drained.
+
+    Abandoning the iterator, or an exception in its consumer, stops and drains the channels too.
+
+    Raises:
+        UringmigError: the first failure of any channel; the others have stopped and drained.
+    """
+    remaining = deque(windows)
+    pacer = Pacer(shared.options.rate)
+    ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+
+    def run(channel: Channel) -> None:
+        try:
+            channel.run()
+        except BaseException as error:
+            remaining.clear()
+            ended.put(error)
+        else:
+            ended.put(None)
+
+    threads = []
+    for number, counter in enumerate(counters):
+        channel = Channel(shared, remaining, make_work(counter), counter, pacer)
+        threads.append(
+            threading.Thread(target=run, args=(channel,), name=f"multifd-{number}", daemon=True)
+        )
+    first_error: BaseException | None = None
+    running = 0
+    try:
+        for thread in threads:
+            thread.start()
+            running += 1
+        while running:
+            try:
+                error = ended.get(timeout=_INTERVAL_SECONDS)
+            except queue.Empty:
+                yield
+            else:
+                running -= 1
+                first_error = first_error or error
+    finally:
+        remaining.clear()
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join()
+    if first_error is not None:
+        raise first_error
+
+
+def needs_bounce(file: DirectFile, address: int) -> bool:
+    """Say whether memory at ``address`` must be copied to be written with O_DIRECT."""
+    return file.direct and address % file.alignment.memory != 0

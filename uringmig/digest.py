@@ -1,0 +1,63 @@
+"""Digests of memory, one for each window of a block, and of the main stream.
+
+xxh3-128: not against an adversary, but it keeps pace with memory. Holes and zero pages count as the
+zero bytes they stand for, so a digest is that of the guest's memory, however it was stored.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Final
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from uringmig.options import WINDOW_BYTES
+
+ALGORITHM: Final = "xxh3-128"
+DIGEST_BYTES: Final = 16
+
+_ZEROS: Final = bytes(WINDOW_BYTES)
+
+
+@functools.cache
+def zero_digest(length_bytes: int) -> bytes:
+    """Digest of ``length_bytes`` zero bytes, at most a window."""
+    return xxhash.xxh3_128_digest(memoryview(_ZEROS)[:length_bytes])
+
+
+def window_digest(memory: NDArray[np.uint8]) -> bytes:
+    """Digest of one window; the GIL is released meanwhile."""
+    return xxhash.xxh3_128_digest(memory.data)
+
+
+def sparse_digest(memory: NDArray[np.uint8], start: list[int], length: list[int]) -> bytes:
+    """Digest of a window of which only the given extents (bytes, sorted) may be read.
+
+    Everything else is a hole: zero, and not to be touched.
+    """
+    state = xxhash.xxh3_128()
+    at = 0
+    for first, count in zip(start, length, strict=True):
+        state.update(memoryview(_ZEROS)[: first - at])
+        state.update(memory[first : first + count].data)
+        at = first + count
+    state.update(memoryview(_ZEROS)[: len(memory) - at])
+    return state.digest()
+
+
+class StreamDigest:
+    """Digest of the main stream's pieces in file order: offset, length and bytes of each."""
+
+    def __init__(self) -> None:
+        self._state = xxhash.xxh3_128()
+
+    def update(self, offset: int, data: bytes | memoryview) -> None:
+        """Add the piece at ``offset``."""
+        self._state.update(offset.to_bytes(8, "big") + len(data).to_bytes(8, "big"))
+        self._state.update(data)
+
+    def hexdigest(self) -> str:
+        """The digest of all pieces so far, as hex."""
+        return self._state.hexdigest()

@@ -1,0 +1,180 @@
+"""One mapped-ram file's main stream, parsed whole: where everything is, checked against the file.
+
+The decoding is `format.mainstream`'s; this feeds it from a file and keeps what it says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from uringmig.digest import StreamDigest
+from uringmig.errors import FormatError
+from uringmig.format.constants import QEMU_VM_SECTION_START, TAIL_BYTES_MAX
+from uringmig.format.device_state import DeviceState
+from uringmig.format.events import (
+    ConfigurationRead,
+    FullSection,
+    RamBlockRead,
+    RamSectionEnded,
+    RamStarted,
+)
+from uringmig.format.headers import Configuration
+from uringmig.format.layout import BlockLayout
+from uringmig.format.mainstream import MainStreamReader
+from uringmig.format.vmdescription import VmDescription, find_vmdescription
+from uringmig.pages import bitmap
+from uringmig.storage.mainfile import READ_BYTES, MainFile
+from uringmig.units import MiB, TiB
+
+#: Bytes outside page areas and bitmaps that an image may have: padding of 1 MiB a block, and more.
+_STREAM_BYTES_MAX: Final = TAIL_BYTES_MAX + 4096 * MiB
+_PIECE_BYTES: Final = MiB
+#: Largest guest whose image is read: its bitmaps, held in memory, are 1 GiB then. Far beyond
+#: QEMU's hosts of today, and it keeps a sparse file's claims in proportion.
+MEMORY_BYTES_MAX: Final = 32 * TiB
+
+
+@dataclass(slots=True)
+class ParsedImage:
+    """What the main stream of an image says; offsets are absolute, sizes in bytes.
+
+    Attributes:
+        blocks: in the order of the stream.
+        device_state: everything after ram's START section.
+        sections: the device sections, in their order.
+    """
+
+    base: int
+    file_size: int
+    configuration: Configuration = field(init=False)
+    section_id: int = field(init=False)
+    blocks: list[BlockLayout] = field(default_factory=list)
+    device_state: DeviceState = field(init=False)
+    sections: list[FullSection] = field(default_factory=list)
+
+
+def parse_image(file: MainFile, *, base: int = 0) -> ParsedImage:
+    """Read and check the main stream of a mapped-ram file.
+
+    Args:
+        file: the image, or a file that holds it from ``base`` on, to its end.
+        base: QEMU's ``offset=``.
+
+    Raises:
+        FormatError: it is not a whole mapped-ram image; names block, offset, expected and found.
+        StorageError: it cannot be read.
+    """
+    image = ParsedImage(base=base, file_size=file.size)
+    reader = MainStreamReader(base=base, file_size=image.file_size)
+    tail_offset = _read_setup(file, reader, image)
+    tail_length = image.file_size - tail_offset
+    if tail_length > TAIL_BYTES_MAX:
+        raise FormatError(
+            "device state too long", offset=tail_offset, expected=f"at most {TAIL_BYTES_MAX}",
+            found=tail_length,
+        )  # fmt: skip
+    image.device_state = DeviceState(file.read_at(tail_offset, tail_length))
+    _read_tail(reader, image, tail_offset)
+    return image
+
+
+def read_bitmap(file: MainFile, block: BlockLayout) -> NDArray[np.uint8]:
+    """Read one block's bitmap; packed uint8, little bit order, ``block.bitmap_bytes`` long.
+
+    Only data is read: a sparse file that claims a huge block costs no more than it holds.
+
+    Raises:
+        FormatError: a bit is set past the last page, or the file ends inside the bitmap.
+        StorageError: it cannot be read.
+    """
+    packed = np.zeros(block.bitmap_bytes, np.uint8)
+    end = block.bitmap_offset + block.bitmap_bytes
+    for start, length in file.data_pieces(block.bitmap_offset, end):
+        data = file.read_at(start, length)
+        if len(data) != length:
+            raise FormatError("the file ends inside a bitmap", offset=start, block=block.idstr)
+        at = start - block.bitmap_offset
+        packed[at : at + length] = np.frombuffer(data, np.uint8)
+    stray = bitmap.first_bit_from(packed, page_count=block.page_count)
+    if stray is not None:
+        raise FormatError(
+            "bitmap has a bit past the end of the block", block=block.idstr,
+            offset=block.bitmap_offset + stray // 8,
+            expected=f"pages 0 to {block.page_count - 1}", found=f"page {stray}",
+        )  # fmt: skip
+    return packed
+
+
+def stream_digest(file: MainFile, *, base: int, blocks: Sequence[BlockLayout]) -> str:
+    """Digest every byte of an image outside its page areas, in file order; hex.
+
+    Raises:
+        FormatError: there is more of it than any image has.
+        StorageError: it cannot be read.
+    """
+    digest = StreamDigest()
+    areas = sorted((block.pages_offset, block.pages_end) for block in blocks)
+    starts = [base, *(end for _, end in areas)]
+    ends = [*(start for start, _ in areas), file.size]
+    total = sum(ends) - sum(starts) - sum(block.bitmap_bytes for block in blocks)
+    if total > _STREAM_BYTES_MAX:
+        raise FormatError("too much between the page areas", found=f"{total} bytes")
+    for start, end in zip(starts, ends, strict=True):
+        for at in range(start, end, _PIECE_BYTES):
+            digest.update(at, file.read_at(at, min(_PIECE_BYTES, end - at)))
+    return digest.hexdigest()
+
+
+def _read_setup(file: MainFile, reader: MainStreamReader, image: ParsedImage) -> int:
+    """Read up to the end of ram's START section; return the offset that follows it."""
+    while True:
+        data = file.read_at(reader.offset, READ_BYTES)
+        reader.feed(data)
+        for event in reader.events():
+            if isinstance(event, ConfigurationRead):
+                image.configuration = event.configuration
+            elif isinstance(event, RamStarted):
+                image.section_id = event.section_id
+                if event.total_bytes > MEMORY_BYTES_MAX:
+                    raise FormatError(
+                        "total of the ramblocks", offset=event.offset,
+                        expected=f"at most {MEMORY_BYTES_MAX}", found=event.total_bytes,
+                    )  # fmt: skip
+            elif isinstance(event, RamBlockRead):
+                image.blocks.append(_block_layout(event))
+            elif isinstance(event, RamSectionEnded):
+                assert event.section_type == QEMU_VM_SECTION_START
+                return event.end_offset
+        if not data:
+            raise FormatError("the file ends before the ram setup does", offset=reader.offset)
+
+
+def _block_layout(event: RamBlockRead) -> BlockLayout:
+    """The place of one block, as its header says."""
+    header = event.mapped_ram
+    if header is None:
+        raise FormatError("not a mapped-ram file but a plain migration stream", offset=event.offset)
+    return BlockLayout(event.idstr, event.used_length, header.bitmap_offset, header.pages_offset)
+
+
+def _read_tail(reader: MainStreamReader, image: ParsedImage, tail_offset: int) -> None:
+    """Walk everything after ram's START section, by the lengths the vmdescription gives."""
+    tail = image.device_state.tail
+    at = find_vmdescription(tail)
+    if at is None:
+        raise FormatError(
+            "no vmdescription at the end of the file: it is cut short or something follows it",
+            offset=image.file_size,
+        )
+    head_bytes = 5
+    description = VmDescription.parse(tail[at + head_bytes :], at=tail_offset + at + head_bytes)
+    reader.set_description(description)
+    reader.feed(tail[reader.offset - tail_offset :])
+    image.sections.extend(event for event in reader.events() if isinstance(event, FullSection))
+    if not reader.finished:
+        raise FormatError("the main stream is not whole", offset=image.file_size)

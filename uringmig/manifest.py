@@ -1,0 +1,94 @@
+"""The sidecar NAME.manifest.json: what was saved, how, and a digest for every window.  Pure.
+
+Optional: stock QEMU loads the image with or without it. `verify` reads it.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+
+from uringmig import digest
+from uringmig.errors import FormatError
+from uringmig.options import WINDOW_BYTES
+from uringmig.units import MiB
+
+SUFFIX: Final = ".manifest.json"
+FORMAT: Final = "uringmig-manifest"
+VERSION: Final = 1
+#: 64 TiB of RAM give 16 Mi windows of 35 bytes: no honest manifest is larger.
+BYTES_MAX: Final = 600 * MiB
+
+
+class ManifestBlock(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One ramblock: its place, its pages, and the digest of each window of its memory, as hex."""
+
+    idstr: str
+    used_length: int
+    bitmap_offset: int
+    pages_offset: int
+    pages_set: int
+    digests: list[str]
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What really ran, not what was asked for."""
+
+    engine: str
+    direct: bool
+    channels: int
+    depth: int
+    block_size: int
+    bridge: int
+    rate: int
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The whole sidecar; sizes and offsets in bytes, times in seconds.
+
+    ``base`` is where the image begins in its file; ``stream_digest`` covers every byte outside the
+    page areas.
+    """
+
+    format: str = FORMAT
+    version: int = VERSION
+    created: str
+    writer: str
+    machine: str
+    base: int
+    file_size: int
+    digest: str = digest.ALGORITHM
+    digest_bytes: int = WINDOW_BYTES
+    stream_digest: str
+    blocks: list[ManifestBlock]
+    settings: Settings
+    seconds: dict[str, float]
+    notes: list[str]
+
+
+def encode(manifest: Manifest) -> bytes:
+    """Write a manifest as indented JSON."""
+    return msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n"
+
+
+def decode(data: bytes) -> Manifest:
+    """Read a manifest.
+
+    Raises:
+        FormatError: it is not JSON, lacks a field, or is of another format, version or digest.
+    """
+    try:
+        manifest = msgspec.json.decode(data, type=Manifest)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise FormatError(f"manifest: {error}") from None
+    for name, expected in (
+        ("format", FORMAT),
+        ("version", VERSION),
+        ("digest", digest.ALGORITHM),
+        ("digest_bytes", WINDOW_BYTES),
+    ):
+        found = getattr(manifest, name)
+        if found != expected:
+            raise FormatError(f"manifest {name}", expected=expected, found=found)
+    return manifest

@@ -1,0 +1,138 @@
+"""What a save does with one window: find its zero pages, plan its writes, digest it.
+
+Holes of the memory are zero without a read, and are never bridged: looking at one would make the
+host allocate it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from uringmig import digest
+from uringmig.format.layout import BlockLayout
+from uringmig.iobatch import IoPlan
+from uringmig.memory.source import MemorySource
+from uringmig.options import PAGE_SIZE, WINDOW_BYTES, WriteOptions
+from uringmig.pages import bitmap
+from uringmig.pages.runs import runs_from_bits
+from uringmig.pages.zero import nonzero_pages
+from uringmig.plan import Window, bridge_gaps, gap_pages, plan_runs
+from uringmig.progress import ChannelCounters
+from uringmig.units import div_ceil
+
+
+@dataclass(slots=True)
+class SavedBlock:
+    """One block of an image being written.
+
+    Attributes:
+        layout: where it lies in the file.
+        memory: where its bytes come from.
+        dense: every page is written and every bit set, zero or not.
+        bitmap: packed, as on disk; a bit is set when the page's write has been planned.
+        digests: uint8, (windows, 16), of the memory as last scanned.
+        selected: pages of this round, packed; None is all of them.
+    """
+
+    layout: BlockLayout
+    memory: MemorySource
+    dense: bool
+    bitmap: NDArray[np.uint8] = field(init=False)
+    digests: NDArray[np.uint8] = field(init=False)
+    selected: NDArray[np.uint8] | None = None
+
+    def __post_init__(self) -> None:
+        self.bitmap = np.zeros(self.layout.bitmap_bytes, np.uint8)
+        windows = div_ceil(self.layout.used_length, WINDOW_BYTES)
+        self.digests = np.zeros((windows, digest.DIGEST_BYTES), np.uint8)
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """What one look at a window found: data extents in bytes from its start, and page bits."""
+
+    start: list[int]
+    length: list[int]
+    present: NDArray[np.bool_]
+
+
+class SaveWork:
+    """One channel's side of a save; windows of different channels never share a bitmap byte."""
+
+    def __init__(
+        self, blocks: list[SavedBlock], options: WriteOptions, counters: ChannelCounters
+    ) -> None:
+        self.windows_max = 1 << 30  # a window holds no buffer: requests and bytes are bound enough
+        self._blocks = blocks
+        self._options = options
+        self._counters = counters
+        self._look: _Look | None = None
+
+    def plan(self, window: Window) -> IoPlan:
+        """Scan the window, store its bits, and plan the writes of its data."""
+        block = self._blocks[window.block_index]
+        look = self._look = _look_at(block, window)
+        bits = np.zeros(window.page_count, np.bool_)
+        for start, length in zip(look.start, look.length, strict=True):
+            first, count = start // PAGE_SIZE, length // PAGE_SIZE
+            at = window.start_bytes + start
+            bits[first : first + count] = nonzero_pages(block.memory.view[at : at + length])
+        wanted, bridgeable = bits, look.present
+        considered = window.page_count
+        if block.dense:
+            wanted = look.present
+            bits = np.ones(window.page_count, np.bool_)
+        if block.selected is not None:
+            place = (window.first_page, window.page_count)
+            selected = bitmap.unpack(block.selected, first_page=place[0], page_count=place[1])
+            before = bitmap.unpack(block.bitmap, first_page=place[0], page_count=place[1])
+            # The others keep their bits and their bytes on disk. A dense block's slots may hold
+            # older bytes under bits that stay set: there zeros are written like any other page.
+            wanted = selected if block.dense else wanted & selected
+            bits = np.where(selected, bits, before)
+            bridgeable = bridgeable & selected
+            considered = int(np.count_nonzero(selected))
+        bitmap.store(block.bitmap, first_page=window.first_page, bits=bits)
+        self._counters.zero_bytes += PAGE_SIZE * (considered - int(np.count_nonzero(wanted)))
+        wanted = bridge_gaps(
+            wanted, bridgeable=bridgeable, gap_pages=gap_pages(self._options.bridge)
+        )
+        return plan_runs(
+            runs_from_bits(wanted),
+            address=block.memory.address + window.start_bytes,
+            file_offset=block.layout.pages_offset + window.start_bytes,
+            block_size=self._options.block_size,
+        )
+
+    def submitted(self, window: Window) -> None:
+        """Digest the window while it is still in the cache and the device has work."""
+        if not self._options.manifest:
+            return
+        block, look = self._blocks[window.block_index], self._look
+        assert look is not None, "submitted() follows plan()"
+        memory = block.memory.view[window.start_bytes : window.start_bytes + window.length_bytes]
+        if not look.start:
+            value = digest.zero_digest(window.length_bytes)
+        elif look.length[0] == window.length_bytes:
+            value = digest.window_digest(memory)
+        else:
+            value = digest.sparse_digest(memory, look.start, look.length)
+        row = window.start_bytes // WINDOW_BYTES
+        block.digests[row] = np.frombuffer(value, np.uint8)
+
+    def finished(self, window: Window) -> None:
+        """Nothing: the pages are where they belong."""
+
+
+def _look_at(block: SavedBlock, window: Window) -> _Look:
+    """Ask which parts of the window hold data, without reading any."""
+    extents = block.memory.data_extents(start=window.start_bytes, length=window.length_bytes)
+    starts = [start - window.start_bytes for start in extents.start.tolist()]
+    lengths = extents.length.tolist()
+    present = np.zeros(window.page_count, np.bool_)
+    for start, length in zip(starts, lengths, strict=True):
+        present[start // PAGE_SIZE : (start + length) // PAGE_SIZE] = True
+    return _Look(starts, lengths, present)

@@ -1,0 +1,524 @@
+"""The story of a save: pages, drain, bitmaps, device state, sync, publish.
+
+    OPEN -> PAGES <-> DRAINED -> BITMAPS -> DEVICES -> DURABLE -> PUBLISHED     any -> FAILED
+
+A set bit promises bytes that are there, so bitmaps are written only after everything has drained;
+the final name promises a whole and durable file, so it is given last.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import Enum, auto
+from types import TracebackType
+from typing import Final, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from uringmig import manifest
+from uringmig.channel import ChannelFile, needs_bounce, run_round
+from uringmig.errors import StateError
+from uringmig.format.compose import compose_setup
+from uringmig.format.device_state import DeviceState
+from uringmig.format.headers import Configuration
+from uringmig.format.layout import ImageLayout, plan_layout
+from uringmig.image import parse_image, stream_digest
+from uringmig.memory.array import BufferMemory
+from uringmig.memory.source import MemorySource
+from uringmig.options import PAGE_SIZE, WINDOW_BYTES, WriteOptions
+from uringmig.pages import bitmap
+from uringmig.plan import Window, windows_of
+from uringmig.progress import (
+    ChannelCounters,
+    Phase,
+    ProgressCallback,
+    Snapshot,
+    TimeAccount,
+    account,
+    take_snapshot,
+)
+from uringmig.scan import SavedBlock, SaveWork
+from uringmig.storage.choice import EngineChoice, choose_engine
+from uringmig.storage.engine import Operation
+from uringmig.storage.target import NamedTarget, PassedTarget, Target
+
+#: For memory that is no QEMU machine's; QEMU has a machine type of this name.
+MACHINE_NONE: Final = Configuration("none", ("mapped-ram",))
+_WINDOW_PAGES: Final = WINDOW_BYTES // PAGE_SIZE
+
+
+@dataclass(frozen=True, slots=True)
+class RamBlock:
+    """One block of guest memory to save.
+
+    Attributes:
+        idstr: QEMU's name of the block, for example ``pc.ram``.
+        memory: a C-contiguous buffer (numpy array, mmap, bytearray), or a `MemorySource`. It is
+            written from where it lies and has to stay unchanged until the call returns.
+        dense: write every page, zero or not, and set every bit; None decides by size, see
+            `WriteOptions.dense_up_to`.
+    """
+
+    idstr: str
+    memory: object
+    dense: bool | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveResult:
+    """A published image, and how it came about; sizes in bytes.
+
+    Attributes:
+        memory_bytes: guest memory the image holds.
+        pages_set: pages with a set bit, over all blocks.
+        written_bytes: moved to the page areas, bridged gaps and later rounds included.
+        bounced: whether unaligned memory had to be copied for O_DIRECT.
+        notes: what the operator should know, such as a fallback; one line each.
+    """
+
+    path: str
+    manifest_path: str | None
+    file_size: int
+    memory_bytes: int
+    pages_set: int
+    zero_bytes: int
+    written_bytes: int
+    requests: int
+    engine: str
+    direct: bool
+    bounced: bool
+    block_size: int
+    channels: int
+    time: TimeAccount
+    notes: tuple[str, ...]
+
+
+class _State(Enum):
+    OPEN = auto()
+    PAGES = auto()
+    DRAINED = auto()
+    BITMAPS = auto()
+    DEVICES = auto()
+    DURABLE = auto()
+    PUBLISHED = auto()
+    FAILED = auto()
+
+
+_NEXT: Final = {
+    _State.OPEN: {_State.PAGES},
+    _State.PAGES: {_State.DRAINED},
+    _State.DRAINED: {_State.PAGES, _State.BITMAPS},
+    _State.BITMAPS: {_State.DEVICES},
+    _State.DEVICES: {_State.DURABLE},
+    _State.DURABLE: {_State.PUBLISHED},
+    _State.PUBLISHED: set(),
+    _State.FAILED: set(),
+}
+
+
+class MappedRamWriter:
+    """Writes one mapped-ram image that stock QEMU loads (QEMU: migration/ram.c, mapped-ram).
+
+    A context manager: leaving it without `finish` publishes nothing and removes the partial file.
+
+    Args:
+        path: final name; written as ``path.partial`` until it is whole and durable.
+        blocks: guest memory, in the order of the image.
+        options: how to write.
+        configuration: machine type and such; its capabilities must be exactly ``mapped-ram``.
+        section_id: id of the ram section; device sections copied from a stream keep theirs, so it
+            must be the id that stream used.
+        base: where the image begins in the file, QEMU's ``offset=``; bytes before it stay a hole.
+        progress: called with a `Snapshot` about ten times a second and at every phase.
+        engine: an engine of the caller's instead of ``options.engine``; for tests and benches.
+
+    Raises:
+        StateError: blocks or arguments that no image can be made of.
+        StorageError: the file cannot be made, or O_DIRECT is required and cannot be had.
+        HostError: io_uring is required and cannot be had.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        blocks: Sequence[RamBlock],
+        *,
+        options: WriteOptions = WriteOptions(),  # noqa: B008 - frozen
+        configuration: Configuration = MACHINE_NONE,
+        section_id: int = 1,
+        base: int = 0,
+        progress: ProgressCallback | None = None,
+        engine: EngineChoice | None = None,
+    ) -> None:
+        self._set_up(blocks, options, configuration, section_id, base, progress, engine)
+        self._open(NamedTarget(path, mode=options.direct, sidecar_suffix=manifest.SUFFIX), base)
+
+    @classmethod
+    def on_descriptors(
+        cls,
+        direct_fd: int,
+        main_fd: int,
+        blocks: Sequence[RamBlock],
+        *,
+        options: WriteOptions = WriteOptions(),  # noqa: B008 - frozen
+        configuration: Configuration = MACHINE_NONE,
+        section_id: int = 1,
+        base: int = 0,
+        progress: ProgressCallback | None = None,
+        engine: EngineChoice | None = None,
+    ) -> Self:
+        """Write through two descriptors the caller opened, as a QEMU fdset holds them.
+
+        Exactly the first must have O_DIRECT, both must be open for writing on one file. `finish`
+        makes the file durable; its name, and what becomes of it after a failure, stay the caller's,
+        and no manifest is written. Bytes below ``base`` are kept.
+
+        Raises:
+            StateError: the descriptors are not such a pair; or as for the class.
+        """
+        writer = cls.__new__(cls)
+        writer._set_up(blocks, options, configuration, section_id, base, progress, engine)
+        writer._open(PassedTarget(direct_fd, main_fd), base)
+        return writer
+
+    def _set_up(
+        self,
+        blocks: Sequence[RamBlock],
+        options: WriteOptions,
+        configuration: Configuration,
+        section_id: int,
+        base: int,
+        progress: ProgressCallback | None,
+        engine: EngineChoice | None,
+    ) -> None:
+        """Check the arguments and lay the image out; nothing is opened yet."""
+        self._started = time.monotonic()
+        self._state = _State.OPEN
+        self._options = options
+        self._configuration = configuration
+        self._section_id = section_id
+        self._progress = progress
+        self._engine = engine or choose_engine(options.engine)
+        self._blocks, self._layout = _lay_out(blocks, options, configuration, section_id, base)
+        self._counters = [ChannelCounters() for _ in range(options.channels)]
+        self._total_bytes = 0
+        self._all_written = False
+
+    def _open(self, target: Target, base: int) -> None:
+        """Size the file and write the setup part of the stream."""
+        self._target = target
+        try:
+            if target.main.size > base:
+                target.main.set_size(base)
+            # Full length first: a page write then lands in a hole and never extends the file.
+            target.main.set_size(self._layout.trailer_offset)
+            setup = compose_setup(self._configuration, self._layout, section_id=self._section_id)
+            for offset, data in setup:
+                target.main.write_at(offset, data)
+        except BaseException:
+            self._fail()
+            raise
+        self._shared = ChannelFile(
+            file=target.direct,
+            path=target.path,
+            operation=Operation.WRITE,
+            engine=self._engine,
+            options=self._options,
+            bounce=any(needs_bounce(target.direct, b.memory.address) for b in self._blocks),
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Discard what was not published; harmless when called again."""
+        if self._state not in (_State.PUBLISHED, _State.FAILED):
+            self._fail()
+
+    @property
+    def layout(self) -> ImageLayout:
+        """Where everything lies in the file."""
+        return self._layout
+
+    def write_all(self) -> None:
+        """Write every page of every block, and drain.
+
+        Raises:
+            StorageError: a write failed; nothing is published.
+        """
+        for _ in self.iter_write_all():
+            pass
+
+    def iter_write_all(self) -> Iterator[Snapshot]:
+        """As `write_all`, yielding a `Snapshot` about ten times a second while it goes on."""
+        for block in self._blocks:
+            block.selected = None
+        counts = [block.layout.page_count for block in self._blocks]
+        yield from self._round(windows_of(counts, window_pages=_WINDOW_PAGES))
+        self._all_written = True
+
+    def write_pages(self, idstr: str, page_index: NDArray[np.int64]) -> None:
+        """Write some pages again, as they are now: a later round of a live save.
+
+        A page that changed is overwritten in place; one that became zero has its bit cleared.
+        Everything earlier has drained before, and this has when it returns.
+
+        Args:
+            idstr: the block.
+            page_index: pages of the block, 1-D int64, in any order.
+
+        Raises:
+            StateError: no such block, or a page outside it.
+            StorageError: a write failed; nothing is published.
+        """
+        number = [block.layout.idstr for block in self._blocks].index(self._find(idstr))
+        block = self._blocks[number]
+        pages = np.unique(np.asarray(page_index, np.int64))
+        if pages.size and not 0 <= int(pages[0]) <= int(pages[-1]) < block.layout.page_count:
+            raise StateError(f"ramblock {idstr!r} has {block.layout.page_count} pages, from 0")
+        bits = np.zeros(block.layout.page_count, np.bool_)
+        bits[pages] = True
+        block.selected = np.zeros_like(block.bitmap)
+        bitmap.store(block.selected, first_page=0, bits=bits)
+        windows = [
+            Window(number, first, min(_WINDOW_PAGES, block.layout.page_count - first))
+            for first in (np.unique(pages // _WINDOW_PAGES) * _WINDOW_PAGES).tolist()
+        ]
+        try:
+            for _ in self._round(windows):
+                pass
+        finally:
+            block.selected = None
+
+    def finish(self, device_state: DeviceState | None = None) -> SaveResult:
+        """Write bitmaps and device state, make the file durable, and give it its name.
+
+        Args:
+            device_state: all that follows the ram setup in the stream; None is a machine without
+                devices.
+
+        Raises:
+            StateError: `write_all` has not run.
+            FormatError: the device state does not make a readable stream.
+            StorageError: nothing is published.
+        """
+        if not self._all_written:
+            raise StateError("finish() before write_all(): no page has been written")
+        try:
+            return self._finish(device_state or DeviceState.empty(self._section_id))
+        except BaseException:
+            self._fail()
+            raise
+
+    def _finish(self, device_state: DeviceState) -> SaveResult:
+        """Do the steps after the pages, in their order."""
+        main = self._target.main
+        self._enter(_State.BITMAPS, "bitmaps")
+        pages_set = [bitmap.set_bit_count(block.bitmap) for block in self._blocks]
+        if not any(pages_set):
+            # Readers take an image without a single bit for QEMU's background-snapshot fault, so
+            # one page says that it is read; its slot is a hole and reads as the zeros it holds.
+            self._blocks[0].bitmap[0] = 1
+            pages_set[0] = 1
+        for block in self._blocks:
+            main.write_at(block.layout.bitmap_offset, block.bitmap.data)
+        self._enter(_State.DEVICES, "devices")
+        main.write_at(_tail_offset(self._layout), device_state.tail)
+        # What we could not read back ourselves, nobody is told to be safe.
+        parse_image(main, base=self._layout.base)
+        digest = stream_digest(main, base=self._layout.base, blocks=self._layout.blocks)
+        self._tell("sync")
+        started = time.monotonic()
+        main.sync()
+        synced = time.monotonic()
+        self._enter(_State.DURABLE, "publish")
+        notes = tuple(
+            note for note in (self._engine.note, self._target.direct.note) if note is not None
+        )
+        file_size = main.size
+        main.drop_cache()
+        sidecar = None
+        if self._options.manifest:
+            sidecar = manifest.encode(
+                self._manifest(pages_set, digest, file_size, synced - started, notes)
+            )
+        manifest_path = self._target.publish(sidecar)
+        published = time.monotonic()
+        self._enter(_State.PUBLISHED, "publish")
+        self._release()
+        return SaveResult(
+            path=self._target.path,
+            manifest_path=manifest_path,
+            file_size=file_size,
+            memory_bytes=sum(block.layout.used_length for block in self._blocks),
+            pages_set=sum(pages_set),
+            zero_bytes=sum(item.zero_bytes for item in self._counters),
+            written_bytes=sum(item.completed_bytes for item in self._counters),
+            requests=sum(item.requests for item in self._counters),
+            engine=self._engine.name,
+            direct=self._target.direct.direct,
+            bounced=self._shared.bounce,
+            block_size=self._options.block_size,
+            channels=self._options.channels,
+            time=account(
+                self._counters,
+                elapsed=published - self._started,
+                sync=synced - started,
+                publish=published - synced,
+            ),
+            notes=notes,
+        )
+
+    def _round(self, windows: Sequence[Window]) -> Iterator[Snapshot]:
+        """Run all channels over ``windows`` until drained; on any exception the save has failed."""
+        self._enter(_State.PAGES, "write")
+        self._total_bytes += sum(window.length_bytes for window in windows)
+        try:
+            for _ in run_round(
+                self._shared,
+                windows,
+                lambda counters: SaveWork(self._blocks, self._options, counters),
+                self._counters,
+            ):
+                yield self._tell("write")
+            self._enter(_State.DRAINED, "write")
+        except BaseException:
+            self._fail()
+            raise
+
+    def _find(self, idstr: str) -> str:
+        """Check that there is such a block."""
+        names = [block.layout.idstr for block in self._blocks]
+        if idstr not in names:
+            raise StateError(f"no ramblock {idstr!r}; there are {', '.join(names)}")
+        return idstr
+
+    def _enter(self, state: _State, phase: Phase) -> None:
+        """Go to ``state`` if that follows the present one, and say so."""
+        if state not in _NEXT[self._state]:
+            raise StateError(f"cannot go on from {self._state.name} to {state.name}")
+        self._state = state
+        self._tell(phase)
+
+    def _tell(self, phase: Phase) -> Snapshot:
+        """Take a snapshot and hand it to whoever looks on."""
+        snapshot = take_snapshot(
+            phase,
+            self._counters,
+            total_bytes=self._total_bytes,
+            seconds=time.monotonic() - self._started,
+        )
+        if self._progress is not None:
+            self._progress(snapshot)
+        return snapshot
+
+    def _fail(self) -> None:
+        """Give everything back and leave nothing half-made."""
+        if self._state is not _State.FAILED:
+            self._state = _State.FAILED
+            self._release()
+
+    def _release(self) -> None:
+        """Close the target (which discards an unpublished file) and let go of the memory."""
+        self._target.close()
+        for block in self._blocks:
+            if isinstance(block.memory, BufferMemory):
+                block.memory.close()
+
+    def _manifest(
+        self,
+        pages_set: list[int],
+        stream: str,
+        file_size: int,
+        sync_seconds: float,
+        notes: tuple[str, ...],
+    ) -> manifest.Manifest:
+        """Describe the image for its sidecar."""
+        options = self._options
+        times = account(self._counters, elapsed=time.monotonic() - self._started, sync=sync_seconds)
+        return manifest.Manifest(
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            writer="uringmig",
+            machine=self._configuration.machine,
+            base=self._layout.base,
+            file_size=file_size,
+            stream_digest=stream,
+            blocks=[
+                manifest.ManifestBlock(
+                    idstr=block.layout.idstr,
+                    used_length=block.layout.used_length,
+                    bitmap_offset=block.layout.bitmap_offset,
+                    pages_offset=block.layout.pages_offset,
+                    pages_set=count,
+                    digests=[row.tobytes().hex() for row in block.digests],
+                )
+                for block, count in zip(self._blocks, pages_set, strict=True)
+            ],
+            settings=manifest.Settings(
+                engine=self._engine.name,
+                direct=self._target.direct.direct,
+                channels=options.channels,
+                depth=options.depth,
+                block_size=options.block_size,
+                bridge=options.bridge,
+                rate=options.rate,
+            ),
+            seconds={
+                "elapsed": round(times.elapsed, 6),
+                "scan": round(times.scan, 6),
+                "digest": round(times.digest, 6),
+                "submit": round(times.submit, 6),
+                "wait": round(times.wait, 6),
+                "sync": round(times.sync, 6),
+            },
+            notes=list(notes),
+        )
+
+
+def _lay_out(
+    blocks: Sequence[RamBlock],
+    options: WriteOptions,
+    configuration: Configuration,
+    section_id: int,
+    base: int,
+) -> tuple[list[SavedBlock], ImageLayout]:
+    """Wrap the memory of ``blocks`` and place them in the file."""
+    if not blocks:
+        raise StateError("an image needs at least one ramblock")
+    memories = [_as_source(block.memory) for block in blocks]
+    sizes = [
+        (block.idstr, memory.length_bytes) for block, memory in zip(blocks, memories, strict=True)
+    ]
+    layout = plan_layout(configuration, sizes, section_id=section_id, base=base)
+    saved = []
+    for block, memory, place in zip(blocks, memories, layout.blocks, strict=True):
+        dense = block.dense
+        if dense is None:
+            dense = place.used_length <= options.dense_up_to
+        saved.append(SavedBlock(place, memory, dense))
+    return saved, layout
+
+
+def _as_source(memory: object) -> MemorySource:
+    """Take a memory source as it is; wrap anything else that is a buffer."""
+    if isinstance(memory, MemorySource):
+        return memory
+    return BufferMemory(memory)
+
+
+def _tail_offset(layout: ImageLayout) -> int:
+    """Where the device state begins: after the EOS word and the footer of ram's START section."""
+    return layout.trailer_offset + 8 + 5
