@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -20,7 +19,7 @@ from uringmig.qemu.monitor import HostBlock, Monitor, RamBackend
 
 #: Linux: show_map_vma in fs/proc/task_mmu.c.
 _MAPS_LINE: Final = re.compile(
-    r"(?P<start>[0-9a-f]+)-(?P<end>[0-9a-f]+) (?P<mode>\S{4}) (?P<offset>[0-9a-f]+) "
+    r"(?P<start>[0-9a-f]+)-(?P<end>[0-9a-f]+) \S{4} [0-9a-f]+ "
     r"(?P<major>[0-9a-f]+):(?P<minor>[0-9a-f]+) (?P<inode>\d+) *(?P<name>.*)"
 )
 
@@ -31,15 +30,19 @@ class _Mapping:
 
     start: int
     end: int
-    shared: bool
-    offset: int
     device: tuple[int, int]
     inode: int
     name: str
 
 
-def open_backing(monitor: Monitor, backend: RamBackend, *, writable: bool = False) -> int:
+def open_backing(monitor: Monitor, backend: RamBackend, *, private_too: bool = False) -> int:
     """Open the file that is the backend's memory and prove that QEMU has mapped this very file.
+
+    Args:
+        monitor: of the QEMU.
+        backend: one of its `Monitor.ram_backends`.
+        private_too: take a private mapping (``share=off``) too: the file then has what the memory
+            was before anything was written to it.
 
     Returns:
         A file descriptor, the caller's to close. The memory is ``backend.size`` bytes at
@@ -52,11 +55,11 @@ def open_backing(monitor: Monitor, backend: RamBackend, *, writable: bool = Fals
     what = f"memory backend {backend.id!r}"
     if backend.path is None:
         raise PeerError(f"{what} is a {backend.kind}, not a named file (memory-backend-file)")
-    if not backend.share:
+    if not (backend.share or private_too):
         raise PeerError(f"{what} is not shared (share=on)")
     path = _seen_from_here(Path(backend.path), monitor.peer_pid)
     try:
-        fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except IsADirectoryError:
         raise PeerError(f"{what}: {path} is a folder; QEMU made a nameless file in it") from None
     except FileNotFoundError:
@@ -97,14 +100,12 @@ def _check_file(monitor: Monitor, backend: RamBackend, fd: int, path: Path) -> N
         raise PeerError(f"{what}: {path} is not the file QEMU has mapped; it has been replaced")
 
 
-def _relevant(mappings: list[_Mapping], block: HostBlock | None) -> Iterator[_Mapping]:
-    """The mapping at the ramblock's address where QEMU tells it, else every shared one."""
-    for mapping in mappings:
-        if block is None or block.host_address is None:
-            if mapping.shared:
-                yield mapping
-        elif mapping.start <= block.host_address < mapping.end:
-            yield mapping
+def _relevant(mappings: list[_Mapping], block: HostBlock | None) -> list[_Mapping]:
+    """The mapping at the ramblock's address where QEMU tells it, else every one."""
+    if block is None or block.host_address is None:
+        return mappings
+    address = block.host_address
+    return [mapping for mapping in mappings if mapping.start <= address < mapping.end]
 
 
 def _is_this(mapping: _Mapping, status: os.stat_result, path: Path) -> bool:
@@ -133,8 +134,6 @@ def _file_mappings(pid: int) -> list[_Mapping] | None:
                 _Mapping(
                     start=int(match["start"], 16),
                     end=int(match["end"], 16),
-                    shared=match["mode"].endswith("s"),
-                    offset=int(match["offset"], 16),
                     device=(int(match["major"], 16), int(match["minor"], 16)),
                     inode=int(match["inode"]),
                     name=match["name"],
