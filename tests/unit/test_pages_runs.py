@@ -127,6 +127,13 @@ def test_clip(pairs: Pairs, first_page: int, page_count: int) -> None:
     assert pairs_of(clipped) == slow_runs(pages_of(runs) & wanted)
 
 
+def test_nothing_of_a_run_is_no_run() -> None:
+    runs = make_runs([(0, 10)])
+    assert pairs_of(clip(runs, first_page=5, page_count=0)) == []
+    assert pairs_of(complement(runs, first_page=5, page_count=0)) == []
+    assert pairs_of(complement(make_runs([]), first_page=5, page_count=0)) == []
+
+
 @given(run_pairs(), st.integers(0, 1 << 40))
 def test_shift_there_and_back(pairs: Pairs, by: int) -> None:
     runs = make_runs(pairs)

@@ -106,6 +106,9 @@ def bridge(runs: PageRuns, *, gap_pages: int) -> PageRuns:
 def clip(runs: PageRuns, *, first_page: int, page_count: int) -> PageRuns:
     """Keep what lies in ``page_count`` pages from ``first_page`` on; page numbers stay the same."""
     assert page_count >= 0, page_count
+    if page_count == 0:
+        # A run around an empty range would be cut down to no pages, and there is no such run.
+        return runs_from_bits(np.zeros(0, np.bool_))
     limit_page = first_page + page_count
     end_page = runs.end_page
     low = int(np.searchsorted(end_page, first_page, side="right"))
