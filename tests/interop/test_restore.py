@@ -33,6 +33,16 @@ def clear_pages(image: Path) -> list[int]:
     return [int(page) for page in np.flatnonzero(~bits)]
 
 
+def assert_memory_is_the_images(machine: Machine, image: Path) -> None:
+    """Every byte of the stopped guest's RAM is what our reader finds in the image."""
+    (backend,) = machine.monitor.ram_backends()
+    assert backend.path is not None
+    expected = np.empty(GUEST_BYTES, np.uint8)
+    with MappedRamReader(image) as reader:
+        reader.read_into("pc.ram", expected)
+    assert np.array_equal(np.fromfile(backend.path, np.uint8), expected)
+
+
 @pytest.fixture
 def waiting(saved_guest: SavedGuest, start_machine: StartMachine) -> Machine:
     return start_machine(
