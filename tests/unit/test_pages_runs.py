@@ -127,6 +127,24 @@ def test_clip(pairs: Pairs, first_page: int, page_count: int) -> None:
     assert pairs_of(clipped) == slow_runs(pages_of(runs) & wanted)
 
 
+@pytest.mark.parametrize(
+    ("first_page", "page_count", "expected"),
+    [
+        (0, 4, []),
+        (0, 5, [(4, 1)]),
+        (3, 2, [(4, 1)]),
+        (5, 1, [(5, 1)]),
+        (7, 2, [(7, 1)]),
+        (8, 1, []),
+        (8, 3, [(10, 1)]),
+        (11, 9, []),
+    ],
+)
+def test_clip_at_the_edges(first_page: int, page_count: int, expected: Pairs) -> None:
+    runs = make_runs([(4, 4), (10, 1)])
+    assert pairs_of(clip(runs, first_page=first_page, page_count=page_count)) == expected
+
+
 def test_nothing_of_a_run_is_no_run() -> None:
     runs = make_runs([(0, 10)])
     assert pairs_of(clip(runs, first_page=5, page_count=0)) == []
