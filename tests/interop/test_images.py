@@ -19,6 +19,11 @@ from imagewriter import Block, Image, build_image
 from numpy.typing import NDArray
 from qemuprocess import BINARY, QemuProcess
 
+from uringmig.memory.mapping import FileMemory
+from uringmig.options import ReadOptions, WriteOptions
+from uringmig.reader import MappedRamReader
+from uringmig.writer import MappedRamWriter, RamBlock
+
 pytestmark = pytest.mark.skipif(BINARY is None, reason="qemu-system-x86_64 is not installed")
 
 MIB = 1 << 20
@@ -163,3 +168,77 @@ def test_qemu_loads_the_legal_variants(saved: Saved, tmp_path: Path, direct_io: 
             )
         assert (name, status) == (name, "completed")
         assert ram.read_bytes() == saved.ram.read_bytes(), name
+
+
+READ_OPTIONS = [
+    ReadOptions(channels=1, depth=1, engine="pwrite", direct="off", bridge=0),
+    ReadOptions(channels=2, depth=8, engine="auto", direct="preferred"),
+    ReadOptions(channels=3, depth=2, block_size=8192, direct="required", bridge=8192),
+]
+
+
+@pytest.mark.parametrize("options", READ_OPTIONS)
+def test_reader_reads_qemus_file_page_for_page(saved: Saved, options: ReadOptions) -> None:
+    """The memory file is the truth for main RAM, the oracle for the other blocks."""
+    with MappedRamReader(saved.path, offset=saved.base, options=options) as reader:
+        assert reader.configuration.machine == saved.image.machine
+        assert reader.configuration.capabilities == ("mapped-ram",)
+        assert reader.section_id == saved.image.section_id
+        assert reader.device_state().tail == saved.image.tail
+        truth = {**saved.image.contents, "pc.ram": saved.ram.read_bytes()}
+        assert [block.idstr for block in reader.blocks] == list(truth)
+        for info, block in zip(reader.blocks, saved.image.blocks, strict=True):
+            # What is not stored must be zeroed too: the buffer is not fresh.
+            memory = np.full(info.used_length, 0xA5, np.uint8)
+            reader.read_into(info.idstr, memory)
+            assert memory.tobytes() == truth[info.idstr], info.idstr
+            bits = np.unpackbits(reader.bitmap(info.idstr), bitorder="little")
+            assert tuple(np.flatnonzero(bits).tolist()) == block.bits
+            assert info.pages_set == len(block.bits)
+            assert info.layout.pages_offset == block.pages_offset
+
+
+def test_reader_reads_ranges_of_qemus_file(saved: Saved) -> None:
+    """A range is the same bytes as in the whole, wherever it begins and ends."""
+    truth = saved.ram.read_bytes()
+    rng = random.Random(7)
+    with MappedRamReader(saved.path, offset=saved.base) as reader:
+        for _ in range(20):
+            first, last = sorted(rng.sample(range(RAM_BYTES // PAGE + 1), 2))
+            memory = bytearray((last - first) * PAGE)
+            reader.read_into("pc.ram", memory, start=first * PAGE, length=len(memory))
+            assert memory == truth[first * PAGE : last * PAGE], (first, last)
+
+
+WRITE_OPTIONS = [
+    WriteOptions(channels=1, depth=1, engine="pwrite", direct="off", bridge=0),
+    WriteOptions(channels=2, depth=8, direct="required"),
+    WriteOptions(channels=3, depth=4, block_size=16384, direct="required", bridge=16384),
+]
+
+
+@pytest.mark.parametrize("options", WRITE_OPTIONS)
+def test_writer_rebuilds_qemus_file_byte_for_byte(
+    saved: Saved, tmp_path: Path, options: WriteOptions
+) -> None:
+    """From QEMU's own parts, and main RAM from its file, the very same file."""
+    with MappedRamReader(saved.path, offset=saved.base) as reader:
+        configuration, section_id = reader.configuration, reader.section_id
+        device_state = reader.device_state()
+        every_bit = all(info.pages_set == info.layout.page_count for info in reader.blocks)
+        memory: dict[str, object] = {}
+        for info in reader.blocks:
+            buffer = bytearray(info.used_length)
+            reader.read_into(info.idstr, buffer)
+            memory[info.idstr] = buffer
+    memory["pc.ram"] = FileMemory(saved.ram)
+    path = tmp_path / "rebuilt"
+    blocks = [RamBlock(idstr, part, dense=every_bit) for idstr, part in memory.items()]
+    with MappedRamWriter(
+        path, blocks, options=options, configuration=configuration, section_id=section_id,
+        base=saved.base,
+    ) as writer:  # fmt: skip
+        writer.write_all()
+        writer.finish(device_state)
+    assert path.stat().st_size == saved.path.stat().st_size
+    assert path.read_bytes() == saved.path.read_bytes()
