@@ -14,19 +14,18 @@ from numpy.typing import NDArray
 
 from uringmig.digest import StreamDigest
 from uringmig.errors import FormatError
-from uringmig.format.constants import QEMU_VM_SECTION_START, TAIL_BYTES_MAX
+from uringmig.format.constants import TAIL_BYTES_MAX
 from uringmig.format.device_state import DeviceState
 from uringmig.format.events import (
     ConfigurationRead,
+    Event,
     FullSection,
     RamBlockRead,
-    RamSectionEnded,
     RamStarted,
 )
 from uringmig.format.headers import Configuration
 from uringmig.format.layout import BlockLayout
 from uringmig.format.mainstream import MainStreamReader
-from uringmig.format.vmdescription import VmDescription, find_vmdescription
 from uringmig.pages import bitmap
 from uringmig.storage.mainfile import READ_BYTES, MainFile
 from uringmig.units import MiB, TiB
@@ -71,15 +70,17 @@ def parse_image(file: MainFile, *, base: int = 0) -> ParsedImage:
     """
     image = ParsedImage(base=base, file_size=file.size)
     reader = MainStreamReader(base=base, file_size=image.file_size)
-    tail_offset = _read_setup(file, reader, image)
-    tail_length = image.file_size - tail_offset
-    if tail_length > TAIL_BYTES_MAX:
-        raise FormatError(
-            "device state too long", offset=tail_offset, expected=f"at most {TAIL_BYTES_MAX}",
-            found=tail_length,
-        )  # fmt: skip
-    image.device_state = DeviceState(file.read_at(tail_offset, tail_length))
-    _read_tail(reader, image, tail_offset)
+    while not reader.finished:
+        data = file.read_at(reader.offset, READ_BYTES)
+        if data:
+            reader.feed(data)
+        else:
+            reader.end_of_input()
+        for event in reader.events():
+            _note(event, image)
+    assert reader.tail_offset is not None, "a stream ended before ram's START section did"
+    tail_length = reader.offset - reader.tail_offset
+    image.device_state = DeviceState(file.read_at(reader.tail_offset, tail_length))
     return image
 
 
@@ -130,51 +131,28 @@ def stream_digest(file: MainFile, *, base: int, blocks: Sequence[BlockLayout]) -
     return digest.hexdigest()
 
 
-def _read_setup(file: MainFile, reader: MainStreamReader, image: ParsedImage) -> int:
-    """Read up to the end of ram's START section; return the offset that follows it."""
-    while True:
-        data = file.read_at(reader.offset, READ_BYTES)
-        reader.feed(data)
-        for event in reader.events():
-            if isinstance(event, ConfigurationRead):
-                image.configuration = event.configuration
-            elif isinstance(event, RamStarted):
-                image.section_id = event.section_id
-                if event.total_bytes > MEMORY_BYTES_MAX:
-                    raise FormatError(
-                        "total of the ramblocks", offset=event.offset,
-                        expected=f"at most {MEMORY_BYTES_MAX}", found=event.total_bytes,
-                    )  # fmt: skip
-            elif isinstance(event, RamBlockRead):
-                image.blocks.append(_block_layout(event))
-            elif isinstance(event, RamSectionEnded):
-                assert event.section_type == QEMU_VM_SECTION_START
-                return event.end_offset
-        if not data:
-            raise FormatError("the file ends before the ram setup does", offset=reader.offset)
-
-
-def _block_layout(event: RamBlockRead) -> BlockLayout:
-    """The place of one block, as its header says."""
-    header = event.mapped_ram
-    if header is None:
-        raise FormatError("not a mapped-ram file but a plain migration stream", offset=event.offset)
-    return BlockLayout(event.idstr, event.used_length, header.bitmap_offset, header.pages_offset)
-
-
-def _read_tail(reader: MainStreamReader, image: ParsedImage, tail_offset: int) -> None:
-    """Walk everything after ram's START section, by the lengths the vmdescription gives."""
-    tail = image.device_state.tail
-    at = find_vmdescription(tail)
-    if at is None:
-        raise FormatError(
-            "no vmdescription at the end of the file: it is cut short or something follows it",
-            offset=image.file_size,
-        )
-    head_bytes = 5
-    description = VmDescription.parse(tail[at + head_bytes :], at=tail_offset + at + head_bytes)
-    reader.set_description(description)
-    reader.feed(tail[reader.offset - tail_offset :])
-    image.sections.extend(event for event in reader.events() if isinstance(event, FullSection))
-    if not reader.finished:
-        raise FormatError("the main stream is not whole", offset=image.file_size)
+def _note(event: Event, image: ParsedImage) -> None:
+    """Keep what one event says."""
+    match event:
+        case ConfigurationRead():
+            image.configuration = event.configuration
+        case RamStarted():
+            image.section_id = event.section_id
+            if event.total_bytes > MEMORY_BYTES_MAX:
+                raise FormatError(
+                    "total of the ramblocks", offset=event.offset,
+                    expected=f"at most {MEMORY_BYTES_MAX}", found=event.total_bytes,
+                )  # fmt: skip
+        case RamBlockRead(mapped_ram=None):
+            raise FormatError(
+                "not a mapped-ram file but a plain migration stream", offset=event.offset
+            )
+        case RamBlockRead(mapped_ram=header):
+            assert header is not None
+            image.blocks.append(
+                BlockLayout(
+                    event.idstr, event.used_length, header.bitmap_offset, header.pages_offset
+                )
+            )
+        case FullSection():
+            image.sections.append(event)

@@ -220,6 +220,7 @@ class MappedRamWriter:
             setup = compose_setup(self._configuration, self._layout, section_id=self._section_id)
             for offset, data in setup:
                 target.main.write_at(offset, data)
+                self._tail_offset = offset + len(data)
         except BaseException:
             self._fail()
             raise
@@ -336,7 +337,7 @@ class MappedRamWriter:
         for block in self._blocks:
             main.write_at(block.layout.bitmap_offset, block.bitmap.data)
         self._enter(_State.DEVICES, "devices")
-        main.write_at(_tail_offset(self._layout), device_state.tail)
+        main.write_at(self._tail_offset, device_state.tail)
         # What we could not read back ourselves, nobody is told to be safe.
         parse_image(main, base=self._layout.base)
         digest = stream_digest(main, base=self._layout.base, blocks=self._layout.blocks)
@@ -517,8 +518,3 @@ def _as_source(memory: object) -> MemorySource:
     if isinstance(memory, MemorySource):
         return memory
     return BufferMemory(memory)
-
-
-def _tail_offset(layout: ImageLayout) -> int:
-    """Where the device state begins: after the EOS word and the footer of ram's START section."""
-    return layout.trailer_offset + 8 + 5

@@ -211,6 +211,18 @@ class Monitor:
         """Run one line of the human monitor and return its output."""
         return str(self.execute("human-monitor-command", **{"command-line": command_line}))
 
+    def pass_descriptor(self, name: str, fd: int) -> None:
+        """Give QEMU a duplicate of ``fd``, to be used as ``fd:NAME``.
+
+        Raises:
+            PeerError: QEMU did not take it.
+        """
+        try:
+            self._client.send_fd_scm(fd)
+        except (QMPError, OSError) as error:
+            raise PeerError(f"QEMU did not take a descriptor ({error})") from None
+        self.execute("getfd", fdname=name)
+
     def run_state(self) -> str:
         """QEMU's word for the guest's state: ``running``, ``paused``, ``inmigrate``, ..."""
         return str(self.execute("query-status")["status"])

@@ -1,0 +1,180 @@
+"""A plain migration stream received from a QEMU with x-ignore-shared: small and whole.
+
+It holds the device state and the pages of private blocks (video RAM, ROMs); the shared blocks are
+only listed. QEMU sends every page of a private block at least once, so a block of which a page
+never came was taken for shared by QEMU, and saving it from here would lose it.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from uringmig.errors import PeerError
+from uringmig.format.constants import QEMU_VM_SECTION_END, QEMU_VM_SECTION_START
+from uringmig.format.device_state import DeviceState
+from uringmig.format.events import (
+    ConfigurationRead,
+    DescriptionRead,
+    Event,
+    FullSection,
+    RamBlockRead,
+    RamPage,
+    RamSectionEnded,
+    RamStarted,
+    RamZero,
+)
+from uringmig.format.headers import Configuration
+from uringmig.format.mainstream import MainStreamReader
+from uringmig.options import PAGE_SIZE
+from uringmig.storage.buffers import aligned_buffer
+from uringmig.units import MiB
+
+#: Private blocks held in memory here, in all: video RAM is 16 MiB, a qxl card's 128 MiB.
+PRIVATE_BYTES_MAX: Final = 256 * MiB
+#: Longest silence of QEMU in the middle of its stream; it sends device state within milliseconds,
+#: but a busy host's block devices may take long to come to rest first.
+SILENCE_SECONDS: Final = 60.0
+_RECEIVE_BYTES: Final = 256 * 1024
+
+
+@dataclass(slots=True)
+class PrivateBlock:
+    """A block that is sent: its memory so far, and which pages have come at least once."""
+
+    memory: NDArray[np.uint8]
+    seen: NDArray[np.bool_]
+
+
+@dataclass(slots=True)
+class DeviceStream:
+    """What the stream said.
+
+    Attributes:
+        blocks: (idstr, used_length in bytes) in the order of the stream.
+        private: the blocks that came by the stream.
+        stopped_at: when the first sign came that the guest stands still, `time.monotonic`.
+    """
+
+    configuration: Configuration = field(init=False)
+    section_id: int = field(init=False)
+    blocks: list[tuple[str, int]] = field(default_factory=list)
+    private: dict[str, PrivateBlock] = field(default_factory=dict)
+    early: list[bytes] = field(default_factory=list)
+    full: list[bytes] = field(default_factory=list)
+    vmdescription: bytes = b""
+    stopped_at: float | None = None
+
+    def device_state(self) -> DeviceState:
+        """The device sections, as a mapped-ram file has them."""
+        return DeviceState.compose(self.section_id, self.early, self.full, self.vmdescription)
+
+
+def receive(
+    connection: socket.socket,
+    shared: dict[str, int],
+    *,
+    on_setup: Callable[[DeviceStream], None],
+) -> DeviceStream:
+    """Receive a whole stream; the source stays connected and waits for our SHUT.
+
+    Args:
+        connection: connected to the source.
+        shared: idstr and size in bytes of the blocks that are not to come by the stream.
+        on_setup: called when the list of blocks is known; the guest may still run then.
+
+    Raises:
+        PeerError: the source fell silent or went away, or sends what must not be sent.
+        FormatError: the stream breaks a rule of the format.
+    """
+    stream = DeviceStream()
+    reader = MainStreamReader()
+    connection.settimeout(SILENCE_SECONDS)
+    while not reader.finished:
+        try:
+            data = connection.recv(_RECEIVE_BYTES)
+        except TimeoutError:
+            raise PeerError(f"QEMU's stream fell silent for {SILENCE_SECONDS:.0f} s") from None
+        except OSError as error:
+            raise PeerError(f"QEMU's stream broke off: {error.strerror}") from None
+        if not data:
+            raise PeerError("QEMU closed its stream before the end")
+        reader.feed(data)
+        if reader.waiting_for_description:
+            description = reader.find_description()
+            if description is not None:
+                reader.set_description(description)
+        for event in reader.events():
+            _take(event, stream, shared)
+            if isinstance(event, RamSectionEnded):
+                if event.section_type == QEMU_VM_SECTION_START:
+                    on_setup(stream)
+                elif event.section_type == QEMU_VM_SECTION_END:
+                    stream.stopped_at = time.monotonic()
+    _check_whole(stream)
+    return stream
+
+
+def _take(event: Event, stream: DeviceStream, shared: dict[str, int]) -> None:
+    """Keep what one event brings."""
+    match event:
+        case ConfigurationRead(configuration=configuration):
+            stream.configuration = configuration
+        case RamStarted(section_id=section_id):
+            stream.section_id = section_id
+        case RamBlockRead():
+            _add_block(event, stream, shared)
+        case RamPage() | RamZero():
+            block = stream.private.get(event.idstr)
+            if block is None:
+                raise PeerError(f"QEMU sends pages of {event.idstr!r} though it is shared memory")
+            place = slice(event.page_offset, event.page_offset + PAGE_SIZE)
+            block.memory[place] = (
+                np.frombuffer(event.data, np.uint8) if isinstance(event, RamPage) else 0
+            )
+            block.seen[event.page_offset // PAGE_SIZE] = True
+        case FullSection(raw=raw):
+            # Before the end of RAM come the devices with early set-up, virtio-mem for one.
+            (stream.early if stream.stopped_at is None else stream.full).append(raw)
+        case DescriptionRead(description=description):
+            stream.vmdescription = description.raw
+
+
+def _add_block(event: RamBlockRead, stream: DeviceStream, shared: dict[str, int]) -> None:
+    """Note one block, and make room for it if it comes by the stream."""
+    stream.blocks.append((event.idstr, event.used_length))
+    size = shared.get(event.idstr)
+    if size is not None:
+        if size != event.used_length:
+            raise PeerError(
+                f"ramblock {event.idstr!r} has {event.used_length} bytes in the stream, "
+                f"but its backend has {size}"
+            )
+        return
+    held = sum(len(block.memory) for block in stream.private.values())
+    if held + event.used_length > PRIVATE_BYTES_MAX:
+        raise PeerError(
+            f"ramblock {event.idstr!r} ({event.used_length >> 20} MiB) is not shared memory; "
+            "give the VM memory-backend-file,share=on"
+        )
+    stream.private[event.idstr] = PrivateBlock(
+        memory=aligned_buffer(event.used_length),
+        seen=np.zeros(event.used_length // PAGE_SIZE, np.bool_),
+    )
+
+
+def _check_whole(stream: DeviceStream) -> None:
+    """Refuse a private block of which a page never came."""
+    for idstr, block in stream.private.items():
+        missing = np.flatnonzero(~block.seen)
+        if missing.size:
+            raise PeerError(
+                f"QEMU sent {int(block.seen.sum())} of {len(block.seen)} pages of ramblock "
+                f"{idstr!r}, and it is no shared file known here"
+            )

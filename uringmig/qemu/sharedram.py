@@ -1,0 +1,277 @@
+"""Route B: save a VM whose RAM is shared files. Device state by socket, RAM from our own mapping.
+
+The guest is never lost: QEMU migrates to a socket of ours with the return path on and so keeps the
+guest until we send SHUT. It stops the guest itself, at the end of its stream; should we fail, or be
+killed, the socket closes and QEMU lets the guest run on. SHUT(0) is sent only when the image has
+its name and is durable.  QEMU: migration/migration.c, source_return_path_thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import struct
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Final, Literal
+
+from uringmig.errors import PeerError
+from uringmig.format.constants import CAPABILITY_IGNORE_SHARED, CAPABILITY_MAPPED_RAM
+from uringmig.memory.mapping import FileMemory
+from uringmig.memory.source import MemorySource
+from uringmig.options import WriteOptions
+from uringmig.progress import ProgressCallback
+from uringmig.qemu.backing import open_backing
+from uringmig.qemu.devicestream import DeviceStream, receive
+from uringmig.qemu.monitor import Monitor
+from uringmig.writer import MappedRamWriter, RamBlock, SaveResult
+
+#: What becomes of the guest after a save; None is "as it was found".
+Then = Literal["cont", "quit", "leave"]
+
+#: Run states from which QEMU migrates. From postmigrate it does not, until ``cont``.
+_SAVED_FROM: Final = frozenset({"running", "paused", "prelaunch", "suspended", "shutdown"})
+#: Capabilities that would change the stream or who may stop the guest; unknown ones are left out.
+_SWITCHED_OFF: Final = (
+    CAPABILITY_MAPPED_RAM, "multifd", "postcopy-ram", "x-colo", "xbzrle", "dirty-bitmaps",
+    "background-snapshot", "switchover-ack", "pause-before-switchover", "compress", "block",
+    "zero-copy-send", "release-ram",
+)  # fmt: skip
+_DESCRIPTOR_NAME: Final = "uringmig"
+#: QEMU: enum mig_rp_message_type, MIG_RP_MSG_SHUT; be16 type, be16 length, be32 value.
+_SHUT: Final = struct.Struct(">HHI")
+_MIG_RP_MSG_SHUT: Final = 1
+#: QEMU acts on SHUT at once; block devices may take long to become active again.
+_ENDING_SECONDS: Final = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedSave:
+    """A VM saved by route B.
+
+    Attributes:
+        image: the published image.
+        blocks_mapped: idstrs of the blocks written from shared memory.
+        stopped_seconds: how long the guest stood still for it; 0.0 if it did not run before.
+        state_before: QEMU's run state when we came.
+        state_after: and when we left; None after ``quit``.
+        notes: what the operator should know, one line each.
+    """
+
+    image: SaveResult
+    blocks_mapped: tuple[str, ...]
+    stopped_seconds: float
+    state_before: str
+    state_after: str | None
+    notes: tuple[str, ...]
+
+
+def save_shared(
+    monitor: Monitor,
+    out: str | os.PathLike[str],
+    *,
+    options: WriteOptions = WriteOptions(),  # noqa: B008 - frozen
+    then: Then | None = None,
+    progress: ProgressCallback | None = None,
+) -> SharedSave:
+    """Save a running or stopped VM with shared RAM to one mapped-ram image.
+
+    Args:
+        monitor: of the VM.
+        out: the image's final name.
+        options: how to write.
+        then: let the guest ``cont``, ``quit`` QEMU, or ``leave`` it stopped (state postmigrate);
+            None: QEMU takes the guest back as it was, running if it ran, and shows its migration
+            as failed, "Sibling indicated error 1", which is how it is told to.
+        progress: called with a `Snapshot` about ten times a second.
+
+    Raises:
+        PeerError: the VM's RAM is not shared, it has a device that cannot be copied, or QEMU
+            failed; the guest is as it was.
+        FormatError: QEMU's stream breaks a rule; the guest is as it was.
+        StorageError: the image cannot be written; the guest is as it was.
+        HostError: io_uring is required and cannot be had.
+    """
+    before = monitor.run_state()
+    if before not in _SAVED_FROM:
+        raise PeerError(f"the guest is in state {before!r}, from which QEMU cannot migrate")
+    if not monitor.migration().ended:
+        raise PeerError(f"QEMU is busy with a migration ({monitor.migration().status})")
+    image: SaveResult | None = None
+    stream: DeviceStream | None = None
+    notes: list[str] = []
+    let_go = time.monotonic()
+    try:
+        with (
+            _mapped(monitor) as memories,
+            monitor.saved_settings(),
+            _migrating(monitor) as connection,
+        ):
+            image, stream = _save(connection, out, memories, options, progress)
+            notes += _let_go(monitor, connection, keep=then is None)
+            let_go = time.monotonic()
+        _go_on(monitor, then)
+    except PeerError as error:
+        if image is None or stream is None:
+            raise
+        notes.append(f"the image is whole and durable, but: {error}")
+    stopped = 0.0
+    if before == "running" and stream.stopped_at is not None:
+        stopped = let_go - stream.stopped_at
+    return SharedSave(
+        image=image,
+        blocks_mapped=tuple(memories),
+        stopped_seconds=stopped,
+        state_before=before,
+        state_after=_state_after(monitor),
+        notes=(*image.notes, *notes),
+    )
+
+
+@contextlib.contextmanager
+def _mapped(monitor: Monitor) -> Iterator[dict[str, MemorySource]]:
+    """Map every memory backend in use; refuse a VM that has one that is not a shared file."""
+    with ExitStack() as stack:
+        memories: dict[str, MemorySource] = {}
+        for backend in monitor.ram_backends():
+            if backend.idstr is None:
+                continue
+            try:
+                fd = open_backing(monitor, backend)
+            except PeerError as error:
+                raise PeerError(
+                    f"{error}; a VM is saved with memory-backend-file,share=on as its RAM"
+                ) from None
+            stack.callback(os.close, fd)
+            memory = FileMemory(fd, offset=backend.offset, length=backend.size)
+            stack.callback(memory.close)
+            memories[backend.idstr] = memory
+        yield memories
+
+
+@contextlib.contextmanager
+def _migrating(monitor: Monitor) -> Iterator[socket.socket]:
+    """Have QEMU migrate to a socket of ours; if the block fails, QEMU takes the guest back."""
+    ours, theirs = socket.socketpair()
+    with ours:
+        # A descriptor passed over QMP needs no path that QEMU's user could reach.
+        with theirs:
+            monitor.pass_descriptor(_DESCRIPTOR_NAME, theirs.fileno())
+        try:
+            _configure(monitor)
+            monitor.execute("migrate", uri=f"fd:{_DESCRIPTOR_NAME}")
+        except BaseException:
+            with contextlib.suppress(PeerError):
+                monitor.execute("closefd", fdname=_DESCRIPTOR_NAME)
+            raise
+        try:
+            yield ours
+        except BaseException as error:
+            reason = _take_back(monitor, ours)
+            if isinstance(error, PeerError) and reason is not None:
+                raise PeerError(f"{error}; QEMU says: {reason}") from None
+            raise
+
+
+def _configure(monitor: Monitor) -> None:
+    """Set capabilities and parameters for a plain stream without the shared blocks."""
+    known = monitor.capabilities()
+    states = {name: False for name in _SWITCHED_OFF if known.get(name)}
+    monitor.set_capabilities(**states, **{CAPABILITY_IGNORE_SHARED: True, "return-path": True})
+    # The limit is for networks; this stream goes to the next process. TLS would only garble it.
+    monitor.set_parameters(**{"max-bandwidth": 0, "tls-creds": ""})
+
+
+def _take_back(monitor: Monitor, connection: socket.socket) -> str | None:
+    """Make QEMU end its migration and take the guest back; say why it failed by itself, if so."""
+    reason = None
+    with contextlib.suppress(PeerError):
+        reason = monitor.migration().error
+    with contextlib.suppress(OSError):
+        connection.sendall(_SHUT.pack(_MIG_RP_MSG_SHUT, 4, 1))
+    connection.close()
+    with contextlib.suppress(PeerError):
+        if not monitor.wait_for_migration(timeout_s=_ENDING_SECONDS).ended:
+            monitor.execute("migrate_cancel")
+    return reason
+
+
+def _save(
+    connection: socket.socket,
+    out: str | os.PathLike[str],
+    memories: dict[str, MemorySource],
+    options: WriteOptions,
+    progress: ProgressCallback | None,
+) -> tuple[SaveResult, DeviceStream]:
+    """Receive the device state, then write memory and all into one image."""
+    started = time.monotonic()
+    with ExitStack() as stack:
+        writers: list[MappedRamWriter] = []
+
+        def on_setup(stream: DeviceStream) -> None:
+            # The guest still runs: what cannot be written at all shows before it is stopped.
+            writers.append(
+                stack.enter_context(
+                    MappedRamWriter(
+                        out,
+                        _blocks(stream, memories),
+                        options=options,
+                        configuration=replace(
+                            stream.configuration, capabilities=(CAPABILITY_MAPPED_RAM,)
+                        ),
+                        section_id=stream.section_id,
+                        progress=progress,
+                    )
+                )
+            )
+
+        sizes = {idstr: memory.length_bytes for idstr, memory in memories.items()}
+        stream = receive(connection, sizes, on_setup=on_setup)
+        received = time.monotonic() - started
+        writer = writers[0]
+        writer.write_all()
+        image = writer.finish(stream.device_state())
+    return replace(image, time=replace(image.time, receive=received)), stream
+
+
+def _blocks(stream: DeviceStream, memories: dict[str, MemorySource]) -> list[RamBlock]:
+    """The image's blocks, in the order of the stream."""
+    names = [idstr for idstr, _ in stream.blocks]
+    for idstr in memories:
+        if idstr not in names:
+            raise PeerError(f"QEMU's stream does not list ramblock {idstr!r}")
+    return [RamBlock(idstr, memories.get(idstr) or stream.private[idstr].memory) for idstr in names]
+
+
+def _let_go(monitor: Monitor, connection: socket.socket, *, keep: bool) -> list[str]:
+    """Tell QEMU how its migration ended, now that the image is durable.
+
+    With ``keep`` QEMU is told that the other side does not take the guest: it puts the guest back
+    into the very state it had, running or paused, and its migration counts as failed. Otherwise
+    the migration completes and the guest stands still in state postmigrate.
+    """
+    connection.sendall(_SHUT.pack(_MIG_RP_MSG_SHUT, 4, int(keep)))
+    ended = monitor.wait_for_migration(timeout_s=_ENDING_SECONDS)
+    expected = "failed" if keep else "completed"
+    if ended.status == expected:
+        return []
+    return [f"QEMU ended its migration as {ended.status!r}: {ended.error or 'no reason given'}"]
+
+
+def _go_on(monitor: Monitor, then: Then | None) -> None:
+    """Do what was asked for, after the settings have been put back."""
+    if then == "cont":
+        monitor.execute("cont")
+    elif then == "quit":
+        monitor.execute("quit")
+
+
+def _state_after(monitor: Monitor) -> str | None:
+    """QEMU's run state, or None if there is no QEMU any more."""
+    try:
+        return monitor.run_state()
+    except PeerError:
+        return None
