@@ -96,7 +96,6 @@ def real(guest: GuestImage, *, images: Path, run: Path, memory_bytes: int, fill_
         say(f"the guest's digest is {digest}, its counter at {count}; stopping it")
         source.monitor.execute("stop")
         saves = [save_by_uringmig(source, images / "uringmig.mig")]
-        unlock(source)
         saves.append(save_by_qemu(source, images / "qemu.mig"))
     restores = []
     for number, (save, restore) in enumerate(
@@ -112,22 +111,12 @@ def real(guest: GuestImage, *, images: Path, run: Path, memory_bytes: int, fill_
 
 def save_by_uringmig(source: Machine, image: Path) -> Save:
     """``uringmig save`` as an operator would call it; the time is that of the whole process."""
-    command = ["uringmig", "save", "--qmp", str(source.qmp_path), "--stop", "--then", "leave"]
-    say(" ".join([*command, str(image)]))
+    command = ["uringmig", "save", "--qmp", str(source.qmp_path), str(image)]
+    say(" ".join(command))
     started = time.monotonic()
-    subprocess.run([*command, str(image)], check=True)
+    subprocess.run(command, check=True)
     seconds = time.monotonic() - started
     return Save("uringmig save", image, seconds, page_bytes(image))
-
-
-def unlock(source: Machine) -> None:
-    """QEMU refuses a second ``migrate`` after a first (postmigrate) until the guest has run.
-
-    The few instructions it runs here change neither what it filled nor what is compared.
-    """
-    if source.monitor.run_state() == "postmigrate":
-        source.monitor.execute("cont")
-        source.monitor.execute("stop")
 
 
 def save_by_qemu(source: Machine, image: Path) -> Save:
