@@ -1,0 +1,68 @@
+"""Errors: who is at fault, the exit code that goes with it, and one line for an operator."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from uringmig.errors import (
+    BytesError,
+    FormatError,
+    HostError,
+    MismatchError,
+    PeerError,
+    StateError,
+    StorageError,
+    UringmigError,
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "code"),
+    [
+        (StateError, 2),
+        (FormatError, 3),
+        (MismatchError, 3),
+        (PeerError, 4),
+        (StorageError, 5),
+        (HostError, 6),
+    ],
+)
+def test_exit_code_is_the_contract_s(kind: type[UringmigError], code: int) -> None:
+    error = kind("what")
+    assert isinstance(error, UringmigError)
+    assert error.exit_code == code
+    assert str(error) == "what"
+
+
+def test_difference_and_bad_format_are_both_about_bytes() -> None:
+    assert issubclass(FormatError, BytesError)
+    assert issubclass(MismatchError, BytesError)
+    assert not issubclass(FormatError, MismatchError)
+
+
+def test_format_error_names_block_offset_expected_and_found() -> None:
+    error = FormatError("page_size", offset=0x40, block="pc.ram", expected=4096, found=0)
+    assert str(error) == "ramblock 'pc.ram': page_size at offset 0x40 (expected 4096, found 0)"
+    assert (error.what, error.offset, error.block) == ("page_size", 0x40, "pc.ram")
+    assert (error.expected, error.found) == (4096, 0)
+
+
+def test_format_error_leaves_out_what_is_not_known() -> None:
+    assert str(FormatError("magic", found=3)) == "magic (found 3)"
+    assert str(FormatError("magic", offset=0)) == "magic at offset 0x0"
+
+
+def test_storage_error_names_file_offset_cause_and_cure() -> None:
+    error = StorageError(
+        "write failed", errno=errno.ENOSPC, path="/a/b", offset=4096, cure="make room"
+    )
+    assert str(error) == (
+        "/a/b: write failed at offset 0x1000: No space left on device (ENOSPC); make room"
+    )
+    assert (error.errno, error.path, error.offset) == (errno.ENOSPC, "/a/b", 4096)
+
+
+def test_storage_error_takes_a_number_without_a_name() -> None:
+    assert "(9999)" in str(StorageError("write failed", errno=9999))

@@ -1,0 +1,88 @@
+"""Options: the defaults of the contract, and every value out of range refused by its name."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from uringmig.errors import StateError
+from uringmig.options import ReadOptions, TransferOptions, WriteOptions
+
+KIND = pytest.mark.parametrize("kind", [WriteOptions, ReadOptions])
+
+
+@KIND
+def test_defaults_are_those_of_the_contract(kind: type[TransferOptions]) -> None:
+    options = kind()
+    assert (options.block_size, options.depth) == (1 << 20, 8)
+    assert options.bridge == 16 << 10
+    assert (options.engine, options.direct) == ("auto", "preferred")
+    assert options.rate == 0
+
+
+def test_manifest_is_on_by_default() -> None:
+    assert WriteOptions().manifest
+
+
+@KIND
+@pytest.mark.parametrize(
+    ("name", "least", "most"),
+    [
+        ("channels", 1, 255),
+        ("depth", 1, 4096),
+        ("block_size", 4096, 4 << 20),
+        ("bridge", 0, 1 << 20),
+        ("rate", 0, 1 << 62),
+    ],
+)
+def test_range_includes_its_ends_and_nothing_beyond(
+    kind: type[TransferOptions], name: str, least: int, most: int
+) -> None:
+    # A bridge may be no longer than a block, so the smallest block goes with none.
+    others: dict[str, Any] = {"bridge": 0} if name == "block_size" else {}
+    for value in (least, most):
+        assert getattr(kind(**others | {name: value}), name) == value
+    for value in (least - 1, most + 1):
+        with pytest.raises(StateError, match=name) as caught:
+            kind(**others | {name: value})
+        assert str(value) in str(caught.value)
+
+
+@KIND
+def test_block_size_is_whole_pages(kind: type[TransferOptions]) -> None:
+    with pytest.raises(StateError, match=r"block_size 6144 .* 4096"):
+        kind(block_size=6144, bridge=0)
+
+
+@KIND
+def test_bridge_is_no_longer_than_a_block(kind: type[TransferOptions]) -> None:
+    with pytest.raises(StateError, match="bridge"):
+        kind(block_size=8192, bridge=8193)
+
+
+@KIND
+@pytest.mark.parametrize(("name", "value"), [("engine", "aio"), ("engine", ""), ("direct", "on")])
+def test_unknown_word_is_refused_with_those_allowed(
+    kind: type[TransferOptions], name: str, value: str
+) -> None:
+    with pytest.raises(StateError, match=f"{name} .* is none of ") as caught:
+        kind(**{name: value})  # type: ignore[arg-type]
+    assert repr(value) in str(caught.value)
+
+
+def test_dense_up_to_is_not_negative() -> None:
+    with pytest.raises(StateError, match="dense_up_to"):
+        WriteOptions(dense_up_to=-1)
+
+
+@KIND
+def test_options_do_not_change(kind: type[TransferOptions]) -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        kind().depth = 1  # type: ignore[misc]
+
+
+def test_options_print_every_value() -> None:
+    for field in dataclasses.fields(WriteOptions):
+        assert f"{field.name}=" in repr(WriteOptions())
