@@ -80,7 +80,7 @@ def decode(data: bytes) -> Manifest:
     """
     try:
         manifest = msgspec.json.decode(data, type=Manifest)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise FormatError(f"manifest: {error}") from None
     for name, expected in (
         ("format", FORMAT),

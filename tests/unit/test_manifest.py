@@ -1,0 +1,114 @@
+"""The sidecar: read back as written, and anything else refused as bytes that are wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from uringmig import manifest
+from uringmig.errors import FormatError
+
+SAMPLE = manifest.Manifest(
+    created="2026-01-01T00:00:00+00:00",
+    writer="uringmig",
+    machine="pc-q35-10.0",
+    base=4096,
+    file_size=2 << 20,
+    stream_digest="ab" * 16,
+    blocks=[
+        manifest.ManifestBlock(
+            idstr="pc.ram",
+            used_length=8 << 20,
+            bitmap_offset=200,
+            pages_offset=1 << 20,
+            pages_set=17,
+            digests=["00" * 16, "ff" * 16],
+        )
+    ],
+    settings=manifest.Settings(
+        engine="pwrite",
+        direct=True,
+        channels=2,
+        depth=8,
+        block_size=1 << 20,
+        bridge=16 << 10,
+        rate=0,
+    ),
+    seconds={"sync": 0.5},
+    notes=["using pwrite"],
+)
+
+
+def as_json() -> dict[str, Any]:
+    text: dict[str, Any] = json.loads(manifest.encode(SAMPLE))
+    return text
+
+
+def test_manifest_is_read_back_as_written() -> None:
+    assert manifest.decode(manifest.encode(SAMPLE)) == SAMPLE
+
+
+def test_manifest_is_json_with_its_format_and_version() -> None:
+    text = as_json()
+    assert (text["format"], text["version"]) == ("uringmig-manifest", 1)
+    assert (text["digest"], text["digest_bytes"]) == ("xxh3-128", 4 << 20)
+    assert manifest.encode(SAMPLE).endswith(b"\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("format", "other"), ("version", 2), ("digest", "md5"), ("digest_bytes", 1 << 20)],
+)
+def test_another_kind_of_manifest_is_refused(name: str, value: object) -> None:
+    with pytest.raises(FormatError, match=f"manifest {name}") as caught:
+        manifest.decode(json.dumps(as_json() | {name: value}).encode())
+    assert caught.value.found == value
+
+
+@pytest.mark.parametrize("name", ["created", "base", "file_size", "blocks", "settings"])
+def test_missing_field_is_refused_by_its_name(name: str) -> None:
+    text = as_json()
+    del text[name]
+    with pytest.raises(FormatError, match=name):
+        manifest.decode(json.dumps(text).encode())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"base": "0"}, {"blocks": {}}, {"unknown": 1}, {"seconds": {"sync": "long"}}, {"notes": [1]}],
+)
+def test_field_of_another_type_is_refused(change: dict[str, object]) -> None:
+    with pytest.raises(FormatError, match="manifest"):
+        manifest.decode(json.dumps(as_json() | change).encode())
+
+
+@pytest.mark.parametrize("depth", [100, 200_000])
+def test_deep_nesting_is_refused(depth: int) -> None:
+    with pytest.raises(FormatError, match="manifest"):
+        manifest.decode(b'{"notes":' + b"[" * depth)
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_refused_the_same_way(data: bytes) -> None:
+    with pytest.raises(FormatError, match="manifest"):
+        manifest.decode(data)
+
+
+@given(st.integers(0, 1000), st.binary(max_size=8))
+def test_damaged_manifest_is_read_or_refused(at: int, patch: bytes) -> None:
+    """Anything but a `FormatError` fails this test, also what a bad name of a field causes."""
+    data = bytearray(manifest.encode(SAMPLE))
+    at %= len(data)
+    data[at : at + len(patch)] = patch
+    with contextlib.suppress(FormatError):
+        manifest.decode(bytes(data))
+
+
+def test_name_of_a_field_that_is_no_text_is_refused() -> None:
+    with pytest.raises(FormatError, match="manifest"):
+        manifest.decode(b'{"\x80ormat": 1}')
