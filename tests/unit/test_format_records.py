@@ -101,6 +101,7 @@ def test_record_of_another_length_is_refused(record: Any, wire: bytes) -> None:
         (cursor.BE16, 2),
         (cursor.BE32, 4),
         (cursor.BE64, 8),
+        (StreamHeader.STRUCT, 8),
         (SectionHeader.STRUCT, 8),
         (SectionFooter.STRUCT, 5),
         (Command.STRUCT, 5),

@@ -565,6 +565,18 @@ def test_more_device_state_than_is_held(file: bool, monkeypatch: pytest.MonkeyPa
     assert error.offset == (0x500D if file else len(plain_start(PLAIN)))
 
 
+def test_more_items_than_any_save_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    ram = ram_section(2, word(EOS)) * 3 + imagewriter.command(11)
+    wire = plain_start(PLAIN) + plain_tail(ram=ram)
+    monkeypatch.setattr(constants, "ITEMS_MAX", 4)
+    assert refusal(wire, file_size=None) is None
+    monkeypatch.setattr(constants, "ITEMS_MAX", 3)
+    error = refusal(wire, file_size=None)
+    assert error is not None
+    assert (error.expected, error.found) == ("at most 3", 4)
+    assert error.offset == len(plain_start(PLAIN)) + 3 * 18
+
+
 def test_description_given_that_is_not_the_streams() -> None:
     reader = MainStreamReader()
     text = imagewriter.description_json([Device(idstr="cpu")])

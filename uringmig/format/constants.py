@@ -115,6 +115,9 @@ RAM_BYTES_MAX: Final = 1 << 52
 FILE_OFFSET_MAX: Final = (1 << 63) - 1
 #: Device state is a few MiB at most without VFIO, which is refused; it is held in memory.
 TAIL_BYTES_MAX: Final = 256 * MiB
+#: PART sections and commands of one stream: QEMU writes some 20 a second while it iterates, so
+#: this is half a day. A hostile stream could hold nothing else, and each becomes an event.
+ITEMS_MAX: Final = 1 << 20
 #: A q35 guest with 30 devices has 100 KiB of JSON; this is two orders of magnitude more.
 VMDESCRIPTION_BYTES_MAX: Final = 32 * MiB
 #: JSON objects in one vmdescription (a q35 guest has 2,000): bounds the memory to decode it.

@@ -90,6 +90,7 @@ class MainStreamReader:
         self._tail_offset: int | None = None
         self._description: VmDescription | None = None
         self._devices_read = 0
+        self._item_count = 0
         self._waiting = False
 
     @property
@@ -202,7 +203,7 @@ class MainStreamReader:
                 description = self.find_description()
                 if description is None:
                     raise FormatError(
-                        "vmdescription missing or cut",
+                        "vmdescription missing, cut, or followed by other bytes",
                         offset=self._limit,
                         expected="one that ends here",
                     )
@@ -299,8 +300,14 @@ class MainStreamReader:
                 expected=c.MIG_CMD_OPEN_RETURN_PATH,
                 found=c.MIG_CMD_PING,
             )
+        self._count_item(at=at)
         self._return_path |= command.command == c.MIG_CMD_OPEN_RETURN_PATH
         self._events.append(CommandRead(at, command.command, command.payload))
+
+    def _count_item(self, *, at: int) -> None:
+        """Bound how many items a stream can make of a few bytes each."""
+        self._item_count += 1
+        at_most("PART sections and commands", c.ITEMS_MAX, self._item_count, at=at)
 
     def _read_start(self, cursor: Cursor) -> None:
         self._events.append(self._ram.read_start(cursor, self._configuration))
@@ -345,6 +352,7 @@ class MainStreamReader:
         equal(f"section id of a {name}", self._ram.section_id, section_id, at=at + 1)
         if self._section_type == c.QEMU_VM_SECTION_END:
             raise FormatError(f"{name} of ram after its END", offset=at)
+        self._count_item(at=at)
         self._section_type = section_type
         self._state = _State.WORDS
 
