@@ -153,11 +153,11 @@ class Channel:
         if failure is None:
             return
         verb = self._shared.operation.value
-        if failure.errno == 0:
+        if failure.errno == 0 and self._shared.operation is Operation.READ:
             raise FormatError("the file ends inside a page area", offset=failure.file_offset)
         raise StorageError(
-            f"{verb} failed",
-            errno=failure.errno,
+            f"{verb} failed" if failure.errno else "attempt after attempt wrote nothing",
+            errno=failure.errno or None,
             path=self._shared.path,
             offset=failure.file_offset,
         )

@@ -28,7 +28,8 @@ class TransferFailure:
     """The first request that could not be completed.
 
     Attributes:
-        errno: the kernel's number; 0 when a read met the end of the file.
+        errno: the kernel's number; 0 when attempt after attempt moved nothing: for a read, the end
+            of the file.
         file_offset: in bytes, of the part that was not moved.
     """
 
@@ -197,7 +198,7 @@ class Transfer:
         self._file_offset[slot] += moved
         self._tries[slot] = 0 if moved else self._tries[slot] + 1
         if self._tries[slot] > RETRIES_MAX:
-            self._fail(-outcome if outcome < 0 else errno.EIO, slot)
+            self._fail(max(-outcome, 0), slot)
         else:
             self._resume.append(slot)
 
