@@ -98,7 +98,6 @@ def test_record_of_another_length_is_refused(record: Any, wire: bytes) -> None:
 @pytest.mark.parametrize(
     ("layout", "size"),
     [
-        (cursor.BE16, 2),
         (cursor.BE32, 4),
         (cursor.BE64, 8),
         (StreamHeader.STRUCT, 8),

@@ -11,7 +11,6 @@ from typing import Final
 
 from uringmig.errors import FormatError
 
-BE16: Final = Struct(">H")
 BE32: Final = Struct(">I")
 BE64: Final = Struct(">Q")
 
@@ -65,11 +64,6 @@ class Cursor:
     def u8(self) -> int:
         """Read one byte."""
         return self.take(1)[0]
-
-    def be16(self) -> int:
-        """Read 16 bits."""
-        value: int = BE16.unpack(self.take(2))[0]
-        return value
 
     def be32(self) -> int:
         """Read 32 bits."""
