@@ -1,0 +1,6 @@
+"""``python -m uringmig`` is the command line."""
+
+from uringmig.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""The Typer app `uringmig`, and where its errors and signals end: as exit codes, here only.
+
+    0 done, 1 done with warnings, 2 usage, 3 the bytes are wrong, 4 the peer failed, 5 storage,
+    6 this host cannot, 128+N on a signal
+
+A traceback therefore means a bug of ours.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Final, NoReturn
+
+import typer
+
+from uringmig.cli.inspect import inspect
+from uringmig.cli.load import load
+from uringmig.cli.output import Output
+from uringmig.cli.save import save
+from uringmig.cli.session import Session
+from uringmig.cli.signals import SIGNAL_EXIT_CODE, Interrupted, Signals
+from uringmig.cli.verify import verify
+from uringmig.cli.version import version_lines
+from uringmig.errors import UringmigError
+
+#: Also under ``python -m uringmig``: the name that usage lines and shell completion go by.
+PROGRAM: Final = "uringmig"
+
+app: Final = typer.Typer(
+    name=PROGRAM,
+    help="Put a virtual machine's memory on disk at the speed of the disk, in a file stock QEMU "
+    "loads.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+for _command in (save, load, inspect, verify):
+    app.command()(_command)
+
+
+def _show_version(context: typer.Context, wanted: bool) -> None:
+    """Answer ``--version`` and leave."""
+    if wanted:
+        context.ensure_object(Session).output.lines(version_lines())
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_show_version,
+            is_eager=True,
+            help="Show versions and the engine that would run here, and exit.",
+        ),
+    ] = False,
+) -> None:
+    """Take the options that stand before a command; Typer calls this, its help is the app's."""
+
+
+def main() -> NoReturn:
+    """Run the command line of this process, and exit."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line and return its exit code.
+
+    Args:
+        arguments: without the program's name.
+    """
+    output = Output()
+    try:
+        with Signals(output.restore_terminal) as signals:
+            app(args=list(arguments), prog_name=PROGRAM, obj=Session(output, signals))
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else 0
+    except Interrupted as interrupted:
+        exit_code = SIGNAL_EXIT_CODE + interrupted.number
+        output.error(str(interrupted), kind="Interrupted", exit_code=exit_code)
+        return exit_code
+    except UringmigError as error:
+        output.failed(error)
+        return error.exit_code
+    finally:
+        output.close()
+    return 0

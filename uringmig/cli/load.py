@@ -1,0 +1,60 @@
+"""``uringmig load``: an image into a QEMU that waits with ``-incoming defer``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated, Literal
+
+import typer
+
+from uringmig.cli import parameters
+from uringmig.cli.session import session_of
+from uringmig.qemu.monitor import Monitor
+from uringmig.qemu.restore import LoadResult, load_into
+from uringmig.units import format_size
+
+
+def load(
+    context: typer.Context,
+    file: parameters.ImageFile,
+    qmp: parameters.QmpSocket,
+    offset: parameters.Offset = 0,
+    channels: Annotated[
+        int, typer.Option("--channels", help="Multifd channels of QEMU; 0 loads without multifd.")
+    ] = parameters.READ.channels,
+    direct: parameters.Direct = parameters.READ.direct,
+    then: Annotated[
+        Literal["cont", "leave"],
+        typer.Option("--then", help="Afterwards let the guest run, or leave it as QEMU has it."),
+    ] = "leave",
+    json: parameters.Json = False,
+    quiet: parameters.Quiet = False,
+    verbose: parameters.Verbose = False,
+) -> None:
+    """Restore an image into a QEMU that waits (-incoming defer)."""
+    output = session_of(context, json=json, quiet=quiet, verbose=verbose).output
+    # Only its check of the number is wanted: QEMU does the reading.
+    replace(parameters.READ, channels=channels or parameters.READ.channels)
+    with Monitor(qmp) as monitor:
+        with output.waiting(f"QEMU loads {file}"):
+            done = load_into(monitor, file, offset=offset, channels=channels, direct=direct)
+        if then == "cont" and done.run_state != "running":
+            monitor.execute("cont")
+            done = replace(done, run_state=monitor.run_state())
+    # Going through the page cache is what ``preferred`` allows; every other note is a warning.
+    fell_back = channels > 0 and direct == "preferred" and not done.direct
+    for note in done.notes:
+        (output.warn if len(done.notes) > fell_back else output.note)(note)
+    output.result("load", done, _lines(done))
+    raise typer.Exit(output.exit_code)
+
+
+def _lines(done: LoadResult) -> list[str]:
+    """What a person wants to know of a load."""
+    rate = done.page_bytes / done.seconds / 1e6 if done.seconds else 0.0
+    how = f"{done.channels} multifd channels" if done.channels else "no multifd"
+    return [
+        f"loaded: {format_size(done.memory_bytes)} of memory, {format_size(done.page_bytes)} read "
+        f"in {done.seconds:.2f} s ({rate:.0f} MB/s), machine {done.machine}",
+        f"{how}, O_DIRECT {'on' if done.direct else 'off'}; the guest is {done.run_state}",
+    ]

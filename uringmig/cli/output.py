@@ -1,0 +1,261 @@
+"""All that the command line says; the only place that prints.
+
+Results go to standard output: lines for people, or with ``--json`` one JSON object a line, progress
+included. Notes, warnings and errors are one line each on standard error, as is the progress bar,
+which appears on a terminal only. A reader that has gone away never undoes the work: what it does
+not want is dropped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from uringmig.errors import BytesError, StorageError, UringmigError
+from uringmig.progress import Phase, Snapshot
+from uringmig.units import format_size
+
+#: At most so often a JSON progress event is written; a new phase is told at once.
+_EVENT_SECONDS: Final = 0.5
+_SHOW_CURSOR: Final = "\x1b[?25h"
+#: Exit code of what is done, with warnings.
+_WARNED: Final = 1
+
+
+class Output:
+    """Where one run of the command line writes to, and how.
+
+    Attributes:
+        exit_code: 0, or 1 once there was a warning.
+    """
+
+    def __init__(self) -> None:
+        self.exit_code = 0
+        self._json = self._quiet = self._verbose = False
+        self._bar: _Bar | None = None
+        self._told_at: float | None = None
+        self._told_phase: Phase | None = None
+        self._notes: list[str] = []
+        self._warnings: list[str] = []
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
+
+    def set_up(self, *, json: bool, quiet: bool, verbose: bool) -> None:
+        """Take a command's options."""
+        self._json, self._quiet, self._verbose = json, quiet, verbose
+
+    def progress(self, snapshot: Snapshot) -> None:
+        """Show how far it is: a bar on a terminal, events with ``--json``, else nothing."""
+        if self._quiet:
+            return
+        if self._json:
+            self._tell(snapshot)
+        elif sys.stderr.isatty():
+            if self._bar is None:
+                self._bar = _Bar(per_channel=self._verbose)
+            self._bar.update(snapshot)
+
+    @contextmanager
+    def waiting(self, text: str) -> Iterator[None]:
+        """Show on a terminal that something goes on of which no progress is known."""
+        if self._quiet or self._json or not sys.stderr.isatty():
+            yield
+            return
+        with _console().status(_clean(text), spinner="line"):
+            yield
+
+    def note(self, text: str) -> None:
+        """Say something the operator should know, such as a fallback that the options allow."""
+        self._notes.append(text)
+        self._complain(f"note: {text}")
+
+    def warn(self, text: str) -> None:
+        """Say something that makes the exit code 1."""
+        self._warnings.append(text)
+        self.exit_code = _WARNED
+        self._complain(f"warning: {text}")
+
+    def result(
+        self, command: str, value: object, lines: Sequence[str], *, exit_code: int | None = None
+    ) -> None:
+        """Write the outcome of a command.
+
+        Args:
+            command: its name.
+            value: a dataclass, for ``--json``.
+            lines: the same, for people.
+            exit_code: what it will be; None is `exit_code`.
+        """
+        self.close()
+        if self._json:
+            self._write_json(
+                {
+                    "event": "result",
+                    "command": command,
+                    "exit_code": self.exit_code if exit_code is None else exit_code,
+                    **_plain_fields(value),
+                    "notes": self._notes,
+                    "warnings": self._warnings,
+                }
+            )
+        elif not self._quiet:
+            self.lines(lines)
+
+    def lines(self, lines: Sequence[str]) -> None:
+        """Write lines to standard output."""
+        for line in lines:
+            self._write(sys.stdout, _clean(line))
+
+    def failed(self, error: UringmigError) -> None:
+        """Say why nothing was done, in one line."""
+        text = "; ".join([str(error), *getattr(error, "__notes__", [])])
+        self.error(text, kind=type(error).__name__, exit_code=error.exit_code, **_fields_of(error))
+
+    def error(self, text: str, *, kind: str, exit_code: int, **fields: object) -> None:
+        """Say that the command failed; with ``--json`` also as an event."""
+        self.close()
+        self._complain(text)
+        if self._json:
+            self._write_json(
+                {"event": "error", "error": text, "kind": kind, "exit_code": exit_code, **fields}
+            )
+
+    def close(self) -> None:
+        """Take the progress bar away; harmless when called again."""
+        if self._bar is not None:
+            bar, self._bar = self._bar, None
+            bar.stop()
+
+    def restore_terminal(self) -> None:
+        """Show the cursor again, which the bar hides, before an exit without clean-up."""
+        if self._bar is not None:
+            os.write(sys.stderr.fileno(), _SHOW_CURSOR.encode())
+
+    def _tell(self, snapshot: Snapshot) -> None:
+        """Write a progress event, unless the last one was just now."""
+        now = time.monotonic()
+        soon = self._told_at is not None and now - self._told_at < _EVENT_SECONDS
+        if soon and snapshot.phase == self._told_phase:
+            return
+        self._told_at, self._told_phase = now, snapshot.phase
+        self._write_json(
+            {
+                "event": "progress",
+                **dataclasses.asdict(snapshot),
+                "share": snapshot.share,
+                "rate": snapshot.rate,
+                "seconds_left": snapshot.seconds_left,
+            }
+        )
+
+    def _complain(self, text: str) -> None:
+        """Write one line to standard error."""
+        self.close()
+        self._write(sys.stderr, f"uringmig: {_clean(text)}")
+
+    def _write_json(self, value: object) -> None:
+        self._write(sys.stdout, json.dumps(value, default=_plain))
+
+    def _write(self, stream: TextIO, line: str) -> None:
+        """Write a line at once; if that cannot be done, drop it and all that follows."""
+        try:
+            print(line, file=stream, flush=True)
+        except OSError as error:
+            # The interpreter flushes once more when it ends, and would say so if that failed.
+            with Path(os.devnull).open("wb") as nowhere:
+                os.dup2(nowhere.fileno(), stream.fileno())
+            if not isinstance(error, BrokenPipeError):
+                self.exit_code = _WARNED
+                if stream is not sys.stderr:
+                    self._complain(f"warning: cannot write the output: {error.strerror}")
+
+
+class _Bar:
+    """A progress bar on the terminal of standard error."""
+
+    def __init__(self, *, per_channel: bool) -> None:
+        self._per_channel = per_channel
+        self._progress = Progress(
+            TextColumn("{task.description:8}", markup=False),
+            BarColumn(bar_width=None),
+            TextColumn("{task.percentage:>3.0f}%", markup=False),
+            TextColumn("{task.fields[text]}", markup=False),
+            console=_console(),
+            transient=True,
+            expand=True,
+        )
+        self._task: TaskID = self._progress.add_task("", text="")
+        self._progress.start()
+
+    def update(self, snapshot: Snapshot) -> None:
+        """Show a snapshot."""
+        text = f"{format_size(snapshot.finished_bytes)}  {snapshot.rate / 1e6:.0f} MB/s"
+        left = snapshot.seconds_left
+        if left is not None:
+            text += f"  {left:.0f} s left"
+        if self._per_channel:
+            text += "  [" + ", ".join(format_size(channel) for channel in snapshot.channels) + "]"
+        self._progress.update(
+            self._task,
+            description=snapshot.phase,
+            total=snapshot.total_bytes,
+            completed=snapshot.finished_bytes,
+            text=text,
+        )
+
+    def stop(self) -> None:
+        """Take it off the screen."""
+        self._progress.stop()
+
+
+def _console() -> Console:
+    """A console on standard error as it is now."""
+    return Console(stderr=True)
+
+
+def _clean(text: str) -> str:
+    """One line that cannot steer a terminal, whatever a file or a peer put into it."""
+    return "".join(
+        char if char.isprintable() else " " if char == "\n" else ascii(char)[1:-1] for char in text
+    )
+
+
+def _fields_of(error: UringmigError) -> dict[str, object]:
+    """The place an error names, for programs."""
+    if isinstance(error, BytesError):
+        return {
+            "block": error.block,
+            "offset": error.offset,
+            "expected": error.expected,
+            "found": error.found,
+        }
+    if isinstance(error, StorageError):
+        return {"path": error.path, "offset": error.offset, "errno": error.errno}
+    return {}
+
+
+def _plain_fields(value: object) -> dict[str, Any]:
+    """The fields of a dataclass, not recursively: json asks `_plain` for what it does not know."""
+    assert dataclasses.is_dataclass(value)
+    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+
+
+def _plain(value: object) -> object:
+    """What json does not know by itself."""
+    if isinstance(value, UringmigError):
+        return {"error": str(value), "kind": type(value).__name__, **_fields_of(value)}
+    if dataclasses.is_dataclass(value):
+        return _plain_fields(value)
+    return str(value)

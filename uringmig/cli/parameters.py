@@ -1,0 +1,77 @@
+"""Options that several commands share.  Defaults are those of `uringmig.options`, never ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+
+from uringmig.errors import StateError
+from uringmig.options import DirectMode, EngineName, ReadOptions, WriteOptions
+from uringmig.units import format_size, parse_size
+
+WRITE: Final = WriteOptions()
+READ: Final = ReadOptions()
+
+
+def _size(text: str | int) -> int:
+    """A size as text, or a default, as bytes."""
+    try:
+        return parse_size(str(text))
+    except StateError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _offset(text: str | int) -> int:
+    """An offset, decimal or a size or hexadecimal as in QEMU's messages, as bytes."""
+    try:
+        return int(text, 16) if isinstance(text, str) and text.startswith("0x") else _size(text)
+    except ValueError:
+        raise typer.BadParameter(f"not an offset: {text!r}") from None
+
+
+ImageFile = Annotated[Path, typer.Argument(help="The image.", show_default=False)]
+QmpSocket = Annotated[
+    Path,
+    typer.Option("--qmp", metavar="SOCKET", help="QEMU's QMP unix socket.", show_default=False),
+]
+Offset = Annotated[
+    int,
+    typer.Option(
+        "--offset", parser=_offset, metavar="BYTES", help="Where the image begins in the file."
+    ),
+]
+Channels = Annotated[
+    int, typer.Option("--channels", help="Multifd channels: threads, each with its own engine.")
+]
+Depth = Annotated[int, typer.Option("--depth", help="Requests each channel keeps in flight.")]
+BlockSize = Annotated[
+    int,
+    typer.Option(
+        "--block-size",
+        parser=_size,
+        metavar="SIZE",
+        help="Largest request.",
+        show_default=format_size(WRITE.block_size),
+    ),
+]
+Engine = Annotated[
+    EngineName, typer.Option("--engine", help="How requests reach the kernel; auto takes io_uring.")
+]
+Direct = Annotated[DirectMode, typer.Option("--direct", help="O_DIRECT for the pages.")]
+Rate = Annotated[
+    int,
+    typer.Option(
+        "--rate",
+        parser=_size,
+        metavar="SIZE",
+        help="Limit in bytes per second over all channels.",
+        show_default="none",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="JSON lines on standard output.")]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="No progress and no result; notes and errors remain.")
+]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="More of what was measured.")]

@@ -1,0 +1,87 @@
+"""``uringmig save``: a VM whose RAM is shared files, to one image."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from uringmig.cli import parameters
+from uringmig.cli.session import session_of
+from uringmig.options import WriteOptions
+from uringmig.qemu.monitor import Monitor
+from uringmig.qemu.sharedram import SharedSave, save_shared
+from uringmig.units import format_size
+
+
+def save(
+    context: typer.Context,
+    qmp: parameters.QmpSocket,
+    out: Annotated[Path, typer.Argument(help="The image's final name.", show_default=False)],
+    then: Annotated[
+        Literal["cont", "quit", "leave"] | None,
+        typer.Option(
+            "--then",
+            help="Afterwards let the guest run, quit QEMU, or leave the guest stopped.",
+            show_default="as it was found",
+        ),
+    ] = None,
+    channels: parameters.Channels = parameters.WRITE.channels,
+    depth: parameters.Depth = parameters.WRITE.depth,
+    block_size: parameters.BlockSize = parameters.WRITE.block_size,
+    engine: parameters.Engine = parameters.WRITE.engine,
+    direct: parameters.Direct = parameters.WRITE.direct,
+    rate: parameters.Rate = parameters.WRITE.rate,
+    manifest: Annotated[
+        bool, typer.Option("--manifest/--no-manifest", help="Write digests beside the image.")
+    ] = parameters.WRITE.manifest,
+    json: parameters.Json = False,
+    quiet: parameters.Quiet = False,
+    verbose: parameters.Verbose = False,
+) -> None:
+    """Save a VM whose RAM is shared memory files (memory-backend-file,share=on)."""
+    session = session_of(context, json=json, quiet=quiet, verbose=verbose)
+    output = session.output
+    options = WriteOptions(
+        channels=channels,
+        depth=depth,
+        block_size=block_size,
+        engine=engine,
+        direct=direct,
+        rate=rate,
+        manifest=manifest,
+    )
+    with Monitor(qmp) as monitor:
+        done = save_shared(monitor, out, options=options, then=then, progress=session.progress)
+    for note in done.notes:
+        # A fallback that the options allow is a note; what else went amiss is a warning.
+        (output.note if note in done.image.notes else output.warn)(note)
+    output.result("save", done, _lines(done, depth=depth, verbose=verbose))
+    raise typer.Exit(output.exit_code)
+
+
+def _lines(done: SharedSave, *, depth: int, verbose: bool) -> list[str]:
+    """What a person wants to know of a save."""
+    image, time = done.image, done.image.time
+    rate = image.written_bytes / time.elapsed / 1e6
+    lines = [
+        f"saved {image.path}: {format_size(image.memory_bytes)} of memory, "
+        f"{format_size(image.written_bytes)} written in {time.elapsed:.2f} s ({rate:.0f} MB/s)",
+        f"engine {image.engine}, O_DIRECT {'on' if image.direct else 'off'}, "
+        f"{image.channels} channels x {depth} x {format_size(image.block_size)}",
+        f"guest was {done.state_before}, is {done.state_after or 'gone'}, "
+        f"stood still for {done.stopped_seconds:.2f} s",
+    ]
+    if verbose:
+        lines += [
+            f"requests {image.requests}, pages set {image.pages_set}, "
+            f"zero {format_size(image.zero_bytes)}, file {format_size(image.file_size)}"
+            + (", unaligned memory was copied" if image.bounced else ""),
+            f"seconds: scan {time.scan:.2f}, digest {time.digest:.2f}, submit {time.submit:.2f}, "
+            f"wait {time.wait:.2f}, receive {time.receive:.2f}, sync {time.sync:.2f}, "
+            f"publish {time.publish:.2f}, cpu of channels {time.channel_cpu:.2f}",
+            f"blocks from shared memory: {', '.join(done.blocks_mapped)}",
+            f"manifest {image.manifest_path or 'none'}",
+        ]
+    return lines

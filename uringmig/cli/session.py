@@ -1,0 +1,36 @@
+"""What one run of the command line has: its output and its signals; the context object of Typer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import typer
+
+from uringmig.cli.output import Output
+from uringmig.cli.signals import Signals
+from uringmig.progress import Snapshot
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """One run of the command line."""
+
+    output: Output = field(default_factory=Output)
+    signals: Signals = field(default_factory=Signals)
+
+    def progress(self, snapshot: Snapshot) -> None:
+        """Show a snapshot.
+
+        From "publish" on a first signal is only noted: what has its final name is a success, and
+        QEMU is to learn that too.
+        """
+        if snapshot.phase == "publish":
+            self.signals.hold()
+        self.output.progress(snapshot)
+
+
+def session_of(context: typer.Context, *, json: bool, quiet: bool, verbose: bool) -> Session:
+    """The session of a command, with its output set up as asked."""
+    session = context.ensure_object(Session)
+    session.output.set_up(json=json, quiet=quiet, verbose=verbose)
+    return session
