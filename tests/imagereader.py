@@ -91,7 +91,13 @@ class _Cursor:
         return int(struct.unpack(">Q", self.take(8, what))[0])
 
     def lstr(self, what: str) -> str:
-        return self.take(self.u8(what), what).decode("ascii")
+        return self.text(self.u8(what), what)
+
+    def text(self, length: int, what: str) -> str:
+        text = self.take(length, what).decode("ascii")
+        # All of QEMU's names are; a terminal should not be told otherwise by a file.
+        expect(text.isprintable(), True, f"{what} is printable")
+        return text
 
 
 def expect(found: object, expected: object, what: str) -> None:
@@ -138,7 +144,7 @@ def read_image(
 
 
 def _configuration(cursor: _Cursor) -> tuple[str, tuple[str, ...], int | None, bytes | None]:
-    machine = cursor.take(cursor.be32("machine"), "machine").decode("ascii")
+    machine = cursor.text(cursor.be32("machine"), "machine")
     capabilities: tuple[str, ...] = ()
     page_bits = None
     uuid = None
@@ -151,6 +157,7 @@ def _configuration(cursor: _Cursor) -> tuple[str, tuple[str, ...], int | None, b
         expect(cursor.be32("subsection version"), 1, name)
         if name == "configuration/target-page-bits":
             page_bits = cursor.be32(name)
+            expect(page_bits, 12, name)
         elif name == "configuration/capabilities":
             count = cursor.be32(name)
             expect(count in (1, 2), True, "number of capabilities")
@@ -272,6 +279,7 @@ def _sections(tail: bytes, devices: list[dict[str, Any]], ram_id: int) -> tuple[
         (section_id,) = struct.unpack_from(">I", tail, position + 1)
         if kind in (2, 3):
             expect(section_id, ram_id, "id of an iterable section")
+            expect(3 in [section.kind for section in sections], False, "END was there before")
             expect(struct.unpack_from(">Q", tail, position + 5)[0], 0x10, "EOS alone")
             position += 13
         else:
