@@ -565,6 +565,13 @@ def test_more_device_state_than_is_held(file: bool, monkeypatch: pytest.MonkeyPa
     assert error.offset == (0x500D if file else len(plain_start(PLAIN)))
 
 
+def test_missing_footer_is_named_where_too_few_bytes_are_left_for_one() -> None:
+    wire = plain_start(PLAIN)[:-5]
+    error = refusal(wire + b"\x00", file_size=None)
+    assert error is not None
+    assert (error.offset, error.expected, error.found) == (len(wire), 0x7E, 0)
+
+
 def test_more_items_than_any_save_has(monkeypatch: pytest.MonkeyPatch) -> None:
     ram = ram_section(2, word(EOS)) * 3 + imagewriter.command(11)
     wire = plain_start(PLAIN) + plain_tail(ram=ram)
