@@ -15,7 +15,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -116,6 +116,7 @@ class Channel:
         work: WindowWork,
         counters: ChannelCounters,
         pacer: Pacer,
+        stopping: threading.Event,
     ) -> None:
         options = shared.options
         self._shared = shared
@@ -123,6 +124,7 @@ class Channel:
         self._work = work
         self._counters = counters
         self._pacer = pacer
+        self._stopping = stopping
         self._bytes_max = options.depth * options.block_size
         alignment = shared.file.alignment
         self._transfer = Transfer(
@@ -165,7 +167,7 @@ class Channel:
     def _loop(self, engine: Engine) -> None:
         """Plan, submit, reap; look ahead only as far as the device can use."""
         transfer = self._transfer
-        while True:
+        while not self._stopping.is_set():
             window = self._next_window()
             if window is not None:
                 self._plan(window)
@@ -220,7 +222,7 @@ class Channel:
             return
         pause = max(pause, self._pacer.delay(int(batch.length.sum())))
         if pause > 0:
-            time.sleep(pause)
+            self._stopping.wait(pause)
             self._counters.wait_seconds += pause
         started = time.perf_counter()
         engine.submit(batch)
@@ -271,30 +273,33 @@ def run_round(
     windows: Sequence[Window],
     make_work: Callable[[ChannelCounters], WindowWork],
     counters: Sequence[ChannelCounters],
-) -> Iterator[None]:
+) -> Generator[None, None, None]:
     """Run one channel per counter over ``windows``; yield now and then until all have drained.
 
     Abandoning the iterator, or an exception in its consumer, stops and drains the channels too.
+    So does an interrupt, also one that comes while the channels drain: what is in flight uses
+    memory and a descriptor that are given back afterwards.
 
     Raises:
         UringmigError: the first failure of any channel; the others have stopped and drained.
     """
     remaining = deque(windows)
     pacer = Pacer(shared.options.rate)
+    stopping = threading.Event()
     ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
 
     def run(channel: Channel) -> None:
         try:
             channel.run()
         except BaseException as error:
-            remaining.clear()
+            stopping.set()
             ended.put(error)
         else:
             ended.put(None)
 
     threads = []
     for number, counter in enumerate(counters):
-        channel = Channel(shared, remaining, make_work(counter), counter, pacer)
+        channel = Channel(shared, remaining, make_work(counter), counter, pacer, stopping)
         threads.append(
             threading.Thread(target=run, args=(channel,), name=f"multifd-{number}", daemon=True)
         )
@@ -313,12 +318,24 @@ def run_round(
                 running -= 1
                 first_error = first_error or error
     finally:
-        remaining.clear()
-        for thread in threads:
-            if thread.ident is not None:
-                thread.join()
+        stopping.set()
+        interrupt = _join([thread for thread in threads if thread.ident is not None])
+    if interrupt is not None:
+        raise interrupt
     if first_error is not None:
         raise first_error
+
+
+def _join(threads: Sequence[threading.Thread]) -> KeyboardInterrupt | None:
+    """Wait for all threads to end; return the interrupt that came meanwhile, if one did."""
+    interrupt = None
+    for thread in threads:
+        while thread.is_alive():
+            try:
+                thread.join()
+            except KeyboardInterrupt as error:
+                interrupt = error
+    return interrupt
 
 
 def needs_bounce(file: DirectFile, address: int) -> bool:

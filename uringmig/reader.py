@@ -259,6 +259,8 @@ class LoadWork:
         self._block = block
         self._packed = packed
         self._sink = sink
+        # Should the engine fail with requests in flight, this keeps their memory mapped.
+        self._view = sink.view
         self._start = start
         self._options = options
         self._assume_zero = assume_zero

@@ -70,6 +70,8 @@ class SaveWork:
         self._options = options
         self._counters = counters
         self._look: _Look | None = None
+        # Should the engine fail with requests in flight, this keeps their memory mapped.
+        self._views = [block.memory.view for block in blocks]
 
     def plan(self, window: Window) -> IoPlan:
         """Scan the window, store its bits, and plan the writes of its data."""

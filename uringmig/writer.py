@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import Enum, auto
@@ -207,6 +207,7 @@ class MappedRamWriter:
         self._blocks, self._layout = _lay_out(blocks, options, configuration, section_id, base)
         self._counters = [ChannelCounters() for _ in range(options.channels)]
         self._total_bytes = 0
+        self._channels: Generator[None, None, None] | None = None
         self._all_written = False
 
     def _open(self, target: Target, base: int) -> None:
@@ -246,8 +247,7 @@ class MappedRamWriter:
 
     def close(self) -> None:
         """Discard what was not published; harmless when called again."""
-        if self._state not in (_State.PUBLISHED, _State.FAILED):
-            self._fail()
+        self._fail()
 
     @property
     def layout(self) -> ImageLayout:
@@ -266,7 +266,9 @@ class MappedRamWriter:
     def iter_write_all(self) -> Iterator[Snapshot]:
         """As `write_all`, yielding a `Snapshot` about ten times a second while it goes on."""
         for block in self._blocks:
-            block.selected = None
+            # Again: a page that was written before and is a hole now has to be looked at as well.
+            again = self._state is not _State.OPEN
+            block.selected = np.full_like(block.bitmap, 0xFF) if again else None
         counts = [block.layout.page_count for block in self._blocks]
         yield from self._round(windows_of(counts, window_pages=_WINDOW_PAGES))
         self._all_written = True
@@ -287,7 +289,10 @@ class MappedRamWriter:
         """
         number = [block.layout.idstr for block in self._blocks].index(self._find(idstr))
         block = self._blocks[number]
-        pages = np.unique(np.asarray(page_index, np.int64))
+        index = np.asarray(page_index)
+        if index.size and (index.ndim != 1 or index.dtype.kind not in "iu"):
+            raise StateError(f"page_index is {index.ndim}-D {index.dtype}, not 1-D integers")
+        pages = np.unique(index.astype(np.int64))
         if pages.size and not 0 <= int(pages[0]) <= int(pages[-1]) < block.layout.page_count:
             raise StateError(f"ramblock {idstr!r} has {block.layout.page_count} pages, from 0")
         bits = np.zeros(block.layout.page_count, np.bool_)
@@ -358,7 +363,8 @@ class MappedRamWriter:
             )
         manifest_path = self._target.publish(sidecar)
         published = time.monotonic()
-        self._enter(_State.PUBLISHED, "publish")
+        # Nobody is told any more: what a callback raises could not undo it.
+        self._state = _State.PUBLISHED
         self._release()
         return SaveResult(
             path=self._target.path,
@@ -388,12 +394,13 @@ class MappedRamWriter:
         self._enter(_State.PAGES, "write")
         self._total_bytes += sum(window.length_bytes for window in windows)
         try:
-            for _ in run_round(
+            channels = self._channels = run_round(
                 self._shared,
                 windows,
                 lambda counters: SaveWork(self._blocks, self._options, counters),
                 self._counters,
-            ):
+            )
+            for _ in channels:
                 yield self._tell("write")
             self._enter(_State.DRAINED, "write")
         except BaseException:
@@ -428,8 +435,11 @@ class MappedRamWriter:
 
     def _fail(self) -> None:
         """Give everything back and leave nothing half-made."""
-        if self._state is not _State.FAILED:
+        if self._state not in (_State.PUBLISHED, _State.FAILED):
             self._state = _State.FAILED
+            if self._channels is not None:
+                # Whoever holds a half-used iterator holds running channels: they end first.
+                self._channels.close()
             self._release()
 
     def _release(self) -> None:

@@ -10,6 +10,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import stat
 from dataclasses import dataclass
 from typing import Final
 
@@ -112,10 +113,21 @@ def check_pair(direct_fd: int, main_fd: int) -> None:
     Raises:
         StateError: names what is wrong with which descriptor.
     """
-    flags = [fcntl.fcntl(fd, fcntl.F_GETFL) for fd in (direct_fd, main_fd)]
-    for fd, flag in zip((direct_fd, main_fd), flags, strict=True):
-        if flag & os.O_ACCMODE == os.O_RDONLY:
+    flags = []
+    for fd in (direct_fd, main_fd):
+        try:
+            flags.append(fcntl.fcntl(fd, fcntl.F_GETFL))
+        except OSError as error:
+            raise StateError(f"descriptor {fd}: {error.strerror}") from None
+        if flags[-1] & os.O_ACCMODE == os.O_RDONLY:
             raise StateError(f"descriptor {fd} is not open for writing")
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise StateError(f"descriptor {fd} is not a regular file's")
+    if flags[1] & os.O_ACCMODE != os.O_RDWR:
+        raise StateError(
+            f"the main stream's descriptor {main_fd} is not open for reading; "
+            "what was written is read back before it is called safe"
+        )
     if not flags[0] & os.O_DIRECT:
         raise StateError(f"the page descriptor {direct_fd} has no O_DIRECT")
     if flags[1] & os.O_DIRECT:

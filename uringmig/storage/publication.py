@@ -64,9 +64,12 @@ class Publication:
                 _unlink(self.path)
                 _unlink(self.sidecar_path)
                 raise
-        except OSError as error:
-            _unlink(sidecar_partial)
-            raise StorageError("cannot publish", errno=error.errno, path=self.path) from None
+        except BaseException as error:
+            with contextlib.suppress(OSError):
+                _unlink(sidecar_partial)
+            if isinstance(error, OSError):
+                raise StorageError("cannot publish", errno=error.errno, path=self.path) from None
+            raise
         finally:
             os.close(folder)
         self._close()
