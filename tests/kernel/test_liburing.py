@@ -247,8 +247,6 @@ def test_where_the_ring_works_auto_takes_it_without_a_word() -> None:
 
 
 PROBE = """
-from smallguests import left_in
-
 from uringmig.errors import HostError
 from uringmig.storage.choice import choose_engine
 choice = choose_engine("auto")
