@@ -26,7 +26,7 @@ from uringmig.options import WriteOptions
 from uringmig.progress import ProgressCallback
 from uringmig.qemu.backing import open_backing
 from uringmig.qemu.devicestream import DeviceStream, receive
-from uringmig.qemu.monitor import Monitor
+from uringmig.qemu.monitor import POLL_S, Monitor
 from uringmig.writer import MappedRamWriter, RamBlock, SaveResult
 
 #: What becomes of the guest after a save; None is "as it was found".
@@ -36,9 +36,9 @@ Then = Literal["cont", "quit", "leave"]
 _SAVED_FROM: Final = frozenset({"running", "paused", "prelaunch", "suspended", "shutdown"})
 #: Capabilities that would change the stream or who may stop the guest; unknown ones are left out.
 _SWITCHED_OFF: Final = (
-    CAPABILITY_MAPPED_RAM, "multifd", "postcopy-ram", "x-colo", "xbzrle", "dirty-bitmaps",
-    "background-snapshot", "switchover-ack", "pause-before-switchover", "compress", "block",
-    "zero-copy-send", "release-ram",
+    CAPABILITY_MAPPED_RAM, "multifd", "postcopy-ram", "postcopy-preempt", "x-colo", "xbzrle",
+    "dirty-bitmaps", "background-snapshot", "switchover-ack", "pause-before-switchover", "compress",
+    "block", "zero-copy-send", "release-ram",
 )  # fmt: skip
 _DESCRIPTOR_NAME: Final = "uringmig"
 #: QEMU: enum mig_rp_message_type, MIG_RP_MSG_SHUT; be16 type, be16 length, be32 value.
@@ -110,7 +110,7 @@ def save_shared(
             monitor.saved_settings(),
             _migrating(monitor) as connection,
         ):
-            image, stream = _save(connection, out, memories, options, progress)
+            image, stream = _save(monitor, connection, out, memories, options, progress)
             notes += _let_go(monitor, connection, keep=then is None)
             let_go = time.monotonic()
         _go_on(monitor, then)
@@ -126,7 +126,7 @@ def save_shared(
         blocks_mapped=tuple(memories),
         stopped_seconds=stopped,
         state_before=before,
-        state_after=_state_after(monitor),
+        state_after=None if then == "quit" else _state_after(monitor),
         notes=(*image.notes, *notes),
     )
 
@@ -166,6 +166,8 @@ def _migrating(monitor: Monitor) -> Iterator[socket.socket]:
         except BaseException:
             with contextlib.suppress(PeerError):
                 monitor.execute("closefd", fdname=_DESCRIPTOR_NAME)
+            # An interrupt may come when QEMU has already begun; settings need it to have ended.
+            _take_back(monitor, ours)
             raise
         try:
             yield ours
@@ -183,6 +185,8 @@ def _configure(monitor: Monitor) -> None:
     monitor.set_capabilities(**states, **{CAPABILITY_IGNORE_SHARED: True, "return-path": True})
     # The limit is for networks; this stream goes to the next process. TLS would only garble it.
     monitor.set_parameters(**{"max-bandwidth": 0, "tls-creds": ""})
+    if monitor.parameters().get("mode", "normal") != "normal":
+        monitor.set_parameters(mode="normal")
 
 
 def _take_back(monitor: Monitor, connection: socket.socket) -> str | None:
@@ -200,6 +204,7 @@ def _take_back(monitor: Monitor, connection: socket.socket) -> str | None:
 
 
 def _save(
+    monitor: Monitor,
     connection: socket.socket,
     out: str | os.PathLike[str],
     memories: dict[str, MemorySource],
@@ -233,8 +238,16 @@ def _save(
         received = time.monotonic() - started
         writer = writers[0]
         writer.write_all()
+        _check_still_ours(monitor)
         image = writer.finish(stream.device_state())
     return replace(image, time=replace(image.time, receive=received)), stream
+
+
+def _check_still_ours(monitor: Monitor) -> None:
+    """Refuse memory that was read while the guest may have run: another client cancelled."""
+    migration = monitor.migration()
+    if migration.ended:
+        raise PeerError(f"QEMU ended its migration ({migration.status}) before the memory was read")
 
 
 def _blocks(stream: DeviceStream, memories: dict[str, MemorySource]) -> list[RamBlock]:
@@ -253,7 +266,10 @@ def _let_go(monitor: Monitor, connection: socket.socket, *, keep: bool) -> list[
     into the very state it had, running or paused, and its migration counts as failed. Otherwise
     the migration completes and the guest stands still in state postmigrate.
     """
-    connection.sendall(_SHUT.pack(_MIG_RP_MSG_SHUT, 4, int(keep)))
+    try:
+        connection.sendall(_SHUT.pack(_MIG_RP_MSG_SHUT, 4, int(keep)))
+    except OSError as error:
+        raise PeerError(f"QEMU closed its stream: {error.strerror}") from None
     ended = monitor.wait_for_migration(timeout_s=_ENDING_SECONDS)
     expected = "failed" if keep else "completed"
     if ended.status == expected:
@@ -264,6 +280,8 @@ def _let_go(monitor: Monitor, connection: socket.socket, *, keep: bool) -> list[
 def _go_on(monitor: Monitor, then: Then | None) -> None:
     """Do what was asked for, after the settings have been put back."""
     if then == "cont":
+        # Until then QEMU refuses: "Migration is not finalized yet".
+        _settled(monitor)
         monitor.execute("cont")
     elif then == "quit":
         monitor.execute("quit")
@@ -272,6 +290,14 @@ def _go_on(monitor: Monitor, then: Then | None) -> None:
 def _state_after(monitor: Monitor) -> str | None:
     """QEMU's run state, or None if there is no QEMU any more."""
     try:
-        return monitor.run_state()
+        return _settled(monitor)
     except PeerError:
         return None
+
+
+def _settled(monitor: Monitor) -> str:
+    """The run state once QEMU has left finish-migrate, which it does after it says "ended"."""
+    deadline = time.monotonic() + _ENDING_SECONDS
+    while (state := monitor.run_state()) == "finish-migrate" and time.monotonic() < deadline:
+        time.sleep(POLL_S)
+    return state
