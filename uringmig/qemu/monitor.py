@@ -15,7 +15,7 @@ import re
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Final, Self
@@ -345,9 +345,7 @@ class Monitor:
             info=info,
         )
 
-    def wait_for_migration(
-        self, *, timeout_s: float, progress: Callable[[Migration], None] | None = None
-    ) -> Migration:
+    def wait_for_migration(self, *, timeout_s: float) -> Migration:
         """Wait until nothing is under way and return the outcome, which may be a failure.
 
         QEMU's main loop does not answer while it loads RAM from a file, so one answer may take
@@ -362,8 +360,6 @@ class Monitor:
             if left_s <= 0:
                 raise PeerError(f"the migration did not end within {timeout_s:g} s")
             migration = self._migration(timeout_s=left_s)
-            if progress is not None:
-                progress(migration)
             if migration.ended:
                 return migration
             time.sleep(POLL_S)
