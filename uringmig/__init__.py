@@ -18,8 +18,9 @@ from uringmig.memory.mapping import FileMemory
 from uringmig.options import ReadOptions, WriteOptions
 from uringmig.progress import Snapshot, TimeAccount
 from uringmig.reader import BlockInfo, MappedRamReader
+from uringmig.result import SaveResult
 from uringmig.verify import VerifyReport, verify
-from uringmig.writer import MappedRamWriter, RamBlock, SaveResult
+from uringmig.writer import MappedRamWriter, RamBlock
 
 __all__ = [
     "BlockInfo",

@@ -7,6 +7,7 @@ host allocate it.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,9 @@ from uringmig.pages.zero import nonzero_pages
 from uringmig.plan import Window, bridge_gaps, gap_pages, plan_runs
 from uringmig.progress import ChannelCounters
 from uringmig.units import div_ceil
+
+_EMPTY: Final = np.empty(0, np.int64)
+_NOTHING: Final = IoPlan(_EMPTY, _EMPTY, _EMPTY)
 
 
 @dataclass(slots=True)
@@ -52,11 +56,17 @@ class SavedBlock:
 
 @dataclass(frozen=True, slots=True)
 class _Look:
-    """What one look at a window found: data extents in bytes from its start, and page bits."""
+    """What one look at a window found: its data extents, in bytes from its start."""
 
     start: list[int]
     length: list[int]
-    present: NDArray[np.bool_]
+
+    def page_bits(self, page_count: int) -> NDArray[np.bool_]:
+        """Which of the window's pages are not holes."""
+        bits = np.zeros(page_count, np.bool_)
+        for start, length in zip(self.start, self.length, strict=True):
+            bits[start // PAGE_SIZE : (start + length) // PAGE_SIZE] = True
+        return bits
 
 
 class SaveWork:
@@ -77,15 +87,19 @@ class SaveWork:
         """Scan the window, store its bits, and plan the writes of its data."""
         block = self._blocks[window.block_index]
         look = self._look = _look_at(block, window)
+        if not look.start and block.selected is None and not block.dense:
+            # One big hole: nothing to write, and its bits are clear from the start.
+            self._counters.zero_bytes += window.length_bytes
+            return _NOTHING
         bits = np.zeros(window.page_count, np.bool_)
         for start, length in zip(look.start, look.length, strict=True):
             first, count = start // PAGE_SIZE, length // PAGE_SIZE
             at = window.start_bytes + start
             bits[first : first + count] = nonzero_pages(block.memory.view[at : at + length])
-        wanted, bridgeable = bits, look.present
+        wanted, bridgeable = bits, look.page_bits(window.page_count)
         considered = window.page_count
         if block.dense:
-            wanted = look.present
+            wanted = bridgeable
             bits = np.ones(window.page_count, np.bool_)
         if block.selected is not None:
             place = (window.first_page, window.page_count)
@@ -134,7 +148,4 @@ def _look_at(block: SavedBlock, window: Window) -> _Look:
     extents = block.memory.data_extents(start=window.start_bytes, length=window.length_bytes)
     starts = [start - window.start_bytes for start in extents.start.tolist()]
     lengths = extents.length.tolist()
-    present = np.zeros(window.page_count, np.bool_)
-    for start, length in zip(starts, lengths, strict=True):
-        present[start // PAGE_SIZE : (start + length) // PAGE_SIZE] = True
-    return _Look(starts, lengths, present)
+    return _Look(starts, lengths)

@@ -11,8 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 from types import TracebackType
 from typing import Final, Self
@@ -38,10 +37,10 @@ from uringmig.progress import (
     Phase,
     ProgressCallback,
     Snapshot,
-    TimeAccount,
     account,
     take_snapshot,
 )
+from uringmig.result import SaveResult, describe_save
 from uringmig.scan import SavedBlock, SaveWork
 from uringmig.storage.choice import EngineChoice, choose_engine
 from uringmig.storage.engine import Operation
@@ -67,35 +66,6 @@ class RamBlock:
     idstr: str
     memory: object
     dense: bool | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SaveResult:
-    """A published image, and how it came about; sizes in bytes.
-
-    Attributes:
-        memory_bytes: guest memory the image holds.
-        pages_set: pages with a set bit, over all blocks.
-        written_bytes: moved to the page areas, bridged gaps and later rounds included.
-        bounced: whether unaligned memory had to be copied for O_DIRECT.
-        notes: what the operator should know, such as a fallback; one line each.
-    """
-
-    path: str
-    manifest_path: str | None
-    file_size: int
-    memory_bytes: int
-    pages_set: int
-    zero_bytes: int
-    written_bytes: int
-    requests: int
-    engine: str
-    direct: bool
-    bounced: bool
-    block_size: int
-    channels: int
-    time: TimeAccount
-    notes: tuple[str, ...]
 
 
 class _State(Enum):
@@ -351,27 +321,42 @@ class MappedRamWriter:
         main.sync()
         synced = time.monotonic()
         self._enter(_State.DURABLE, "publish")
-        notes = tuple(
-            note for note in (self._engine.note, self._target.direct.note) if note is not None
-        )
-        file_size = main.size
+        result = self._result(sync_seconds=synced - started, pages_set=sum(pages_set))
         main.drop_cache()
         sidecar = None
         if self._options.manifest:
             sidecar = manifest.encode(
-                self._manifest(pages_set, digest, file_size, synced - started, notes)
+                describe_save(
+                    result,
+                    self._blocks,
+                    pages_set=pages_set,
+                    machine=self._configuration.machine,
+                    base=self._layout.base,
+                    stream_digest=digest,
+                    options=self._options,
+                )
             )
         manifest_path = self._target.publish(sidecar)
         published = time.monotonic()
         # Nobody is told any more: what a callback raises could not undo it.
         self._state = _State.PUBLISHED
         self._release()
+        return replace(
+            result,
+            manifest_path=manifest_path,
+            time=replace(
+                result.time, elapsed=published - self._started, publish=published - synced
+            ),
+        )
+
+    def _result(self, *, sync_seconds: float, pages_set: int) -> SaveResult:
+        """What there is to say before the image has its name."""
         return SaveResult(
             path=self._target.path,
-            manifest_path=manifest_path,
-            file_size=file_size,
+            manifest_path=None,
+            file_size=self._target.main.size,
             memory_bytes=sum(block.layout.used_length for block in self._blocks),
-            pages_set=sum(pages_set),
+            pages_set=pages_set,
             zero_bytes=sum(item.zero_bytes for item in self._counters),
             written_bytes=sum(item.completed_bytes for item in self._counters),
             requests=sum(item.requests for item in self._counters),
@@ -381,12 +366,11 @@ class MappedRamWriter:
             block_size=self._options.block_size,
             channels=self._options.channels,
             time=account(
-                self._counters,
-                elapsed=published - self._started,
-                sync=synced - started,
-                publish=published - synced,
+                self._counters, elapsed=time.monotonic() - self._started, sync=sync_seconds
             ),
-            notes=notes,
+            notes=tuple(
+                note for note in (self._engine.note, self._target.direct.note) if note is not None
+            ),
         )
 
     def _round(self, windows: Sequence[Window]) -> Iterator[Snapshot]:
@@ -448,55 +432,6 @@ class MappedRamWriter:
         for block in self._blocks:
             if isinstance(block.memory, BufferMemory):
                 block.memory.close()
-
-    def _manifest(
-        self,
-        pages_set: list[int],
-        stream: str,
-        file_size: int,
-        sync_seconds: float,
-        notes: tuple[str, ...],
-    ) -> manifest.Manifest:
-        """Describe the image for its sidecar."""
-        options = self._options
-        times = account(self._counters, elapsed=time.monotonic() - self._started, sync=sync_seconds)
-        return manifest.Manifest(
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            writer="uringmig",
-            machine=self._configuration.machine,
-            base=self._layout.base,
-            file_size=file_size,
-            stream_digest=stream,
-            blocks=[
-                manifest.ManifestBlock(
-                    idstr=block.layout.idstr,
-                    used_length=block.layout.used_length,
-                    bitmap_offset=block.layout.bitmap_offset,
-                    pages_offset=block.layout.pages_offset,
-                    pages_set=count,
-                    digests=[row.tobytes().hex() for row in block.digests],
-                )
-                for block, count in zip(self._blocks, pages_set, strict=True)
-            ],
-            settings=manifest.Settings(
-                engine=self._engine.name,
-                direct=self._target.direct.direct,
-                channels=options.channels,
-                depth=options.depth,
-                block_size=options.block_size,
-                bridge=options.bridge,
-                rate=options.rate,
-            ),
-            seconds={
-                "elapsed": round(times.elapsed, 6),
-                "scan": round(times.scan, 6),
-                "digest": round(times.digest, 6),
-                "submit": round(times.submit, 6),
-                "wait": round(times.wait, 6),
-                "sync": round(times.sync, 6),
-            },
-            notes=list(notes),
-        )
 
 
 def _lay_out(

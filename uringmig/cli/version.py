@@ -4,21 +4,14 @@ from __future__ import annotations
 
 from importlib import metadata
 
-from uringmig.errors import HostError
-from uringmig.storage import liburing
-from uringmig.storage.choice import choose_engine
+from uringmig.storage.choice import choose_engine, describe_liburing
 
 
 def version_lines() -> list[str]:
     """Describe uringmig, liburing and the engine ``auto`` chooses; a fallback with its reason."""
-    try:
-        library = liburing.find()
-        found = f"{library.version[0]}.{library.version[1]} ({library.path})"
-    except HostError as error:
-        found = f"none: {error}"
     engine = choose_engine("auto")
     return [
         f"uringmig {metadata.version('uringmig')}",
-        f"liburing {found}",
+        f"liburing {describe_liburing()}",
         f"engine {engine.name if engine.note is None else engine.note}",
     ]

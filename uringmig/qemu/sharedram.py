@@ -27,7 +27,8 @@ from uringmig.progress import ProgressCallback
 from uringmig.qemu.backing import open_backing
 from uringmig.qemu.devicestream import DeviceStream, receive
 from uringmig.qemu.monitor import POLL_S, Monitor
-from uringmig.writer import MappedRamWriter, RamBlock, SaveResult
+from uringmig.result import SaveResult
+from uringmig.writer import MappedRamWriter, RamBlock
 
 #: What becomes of the guest after a save; None is "as it was found".
 Then = Literal["cont", "quit", "leave"]

@@ -42,3 +42,12 @@ def choose_engine(name: EngineName) -> EngineChoice:
             raise
         return EngineChoice("pwrite", PwriteEngine, f"using pwrite: {error}")
     return EngineChoice("io_uring", RingEngine)
+
+
+def describe_liburing() -> str:
+    """Version and path of the liburing that would be used, or why there is none; one line."""
+    try:
+        library = liburing.find()
+    except HostError as error:
+        return f"none: {error}"
+    return f"{library.version[0]}.{library.version[1]} ({library.path})"
