@@ -36,6 +36,9 @@ _SLOTS_PER_DEPTH: Final = 16
 _SLOTS_MAX: Final = 256
 #: How long one wait lasts before the channel looks whether it should stop.
 _WAIT_NS: Final = 200_000_000
+#: A channel sleeps until this share of what is in flight has completed: seldom enough that waking
+#: up costs little, often enough that the device never runs dry.
+_WAKE_SHARE: Final = 4
 #: How often whoever waits for a round is told of its progress.
 _INTERVAL_SECONDS: Final = 0.1
 _BACKOFF_SECONDS_MAX: Final = 0.128
@@ -176,7 +179,9 @@ class Channel:
             self._submit(engine)
             if window is not None:
                 self._digest(window)
-            wait_count = 0 if self._wants_window() else max(1, transfer.in_flight_count // 8)
+            wait_count = (
+                0 if self._wants_window() else max(1, transfer.in_flight_count // _WAKE_SHARE)
+            )
             self._reap(engine, wait_count=wait_count)
 
     def _wants_window(self) -> bool:

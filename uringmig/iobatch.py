@@ -7,7 +7,8 @@ keeps the memory mapped until the completion.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,16 +16,19 @@ from numpy.typing import NDArray
 Int64Array = NDArray[np.int64]
 
 
-def _check(arrays: object) -> None:
-    """Assert the invariant of a struct of arrays (1-D, int64, equal length) and freeze it."""
-    lengths = set()
-    for field in fields(arrays):  # type: ignore[arg-type]  # only ever given a dataclass
-        array = getattr(arrays, field.name)
-        assert array.ndim == 1, (field.name, array.shape)
-        assert array.dtype == np.int64, (field.name, array.dtype)
+def _check(arrays: Any) -> None:
+    """Assert the invariant of a struct of arrays (1-D, int64, equal length) and freeze it.
+
+    Some ten of these are made for each window of memory, so this is kept short: the names are
+    those of the slots, and one shape says both dimension and length.
+    """
+    shape = None
+    for name in arrays.__slots__:
+        array = getattr(arrays, name)
+        assert array.dtype == np.int64, (name, array.dtype)
+        assert array.shape == (shape or (len(array),)), (name, array.shape, shape)
+        shape = array.shape
         array.flags.writeable = False
-        lengths.add(len(array))
-    assert len(lengths) == 1, lengths
 
 
 @dataclass(frozen=True, slots=True)

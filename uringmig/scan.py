@@ -95,6 +95,7 @@ class SaveWork:
         for start, length in zip(look.start, look.length, strict=True):
             first, count = start // PAGE_SIZE, length // PAGE_SIZE
             at = window.start_bytes + start
+            block.memory.prefault(start=at, length=length)
             bits[first : first + count] = nonzero_pages(block.memory.view[at : at + length])
         wanted, bridgeable = bits, look.page_bits(window.page_count)
         considered = window.page_count

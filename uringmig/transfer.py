@@ -177,9 +177,8 @@ class Transfer:
         self._free.extend(slots.tolist())
         self.requests_completed += len(slots)
         finished = []
-        tags, counts = np.unique(self._tag[slots], return_counts=True)
-        for tag, count in zip(tags.tolist(), counts.tolist(), strict=True):
-            self._unfinished[tag] -= count
+        for tag in self._tag[slots].tolist():
+            self._unfinished[tag] -= 1
             if self._unfinished[tag] == 0:
                 del self._unfinished[tag]
                 finished.append(tag)

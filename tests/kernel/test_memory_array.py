@@ -56,6 +56,13 @@ def test_all_of_a_buffer_is_data() -> None:
     assert len(BufferMemory(bytearray(SIZE)).data_extents(start=PAGE, length=0)) == 0
 
 
+def test_prefault_of_a_buffer_changes_nothing() -> None:
+    buffer = bytearray(range(256)) * (SIZE // 256)
+    memory = BufferMemory(buffer)
+    memory.prefault(start=0, length=SIZE)
+    assert memory.view.tobytes() == bytes(buffer) == bytes(range(256)) * (SIZE // 256)
+
+
 @pytest.mark.parametrize(
     ("start", "length"),
     [(-PAGE, PAGE), (0, SIZE + PAGE), (SIZE, PAGE), (1, PAGE), (0, 100), (PAGE, -PAGE)],

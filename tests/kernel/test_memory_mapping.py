@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import mmap
 import os
+import resource
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -163,6 +165,19 @@ def test_a_dense_file_is_asked_once(monkeypatch: pytest.MonkeyPatch, memfd: int)
         extents = memory.data_extents(start=start, length=1 << 20)
         assert (extents.start.tolist(), extents.length.tolist()) == ([start], [1 << 20])
     assert calls == [(0, os.SEEK_DATA), (0, os.SEEK_HOLE)]
+
+
+def test_prefault_maps_data_in_and_allocates_nothing(memfd: int) -> None:
+    length = 8 << 20
+    os.pwrite(memfd, (bytes(range(1, 256)) * (length // 255 + 1))[:length], 0)
+    with closing(FileMemory(memfd)) as memory:
+        blocks = os.fstat(memfd).st_blocks
+        memory.prefault(start=0, length=length)
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        assert memory.view[:length:PAGE].all()
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults < 16
+        assert os.fstat(memfd).st_blocks == blocks
+        assert bytes(memory.view[length - PAGE : length]) == os.pread(memfd, PAGE, length - PAGE)
 
 
 def test_a_page_written_later_is_seen(memfd: int) -> None:

@@ -53,6 +53,9 @@ class BufferMemory:
         check_range(start=start, length=length, length_bytes=len(self.view))
         return Extents.from_pairs([(start, start + length)] if length else [])
 
+    def prefault(self, *, start: int, length: int) -> None:
+        """Nothing: what the process holds is mapped already, or costs one fault like any other."""
+
     def close(self) -> None:
         """Let go of the buffer; further calls do nothing."""
         self._view = None

@@ -27,12 +27,16 @@ from uringmig.units import KiB, align_down, align_up, is_aligned
 _HUGETLBFS_MAGIC: Final = 0x958458F6
 #: include/uapi/asm-generic/mman.h; the mmap module has no name for it in Python 3.11.
 _MAP_NORESERVE: Final = 0x4000
+#: madvise(2), Linux 5.14: fault in, for reading.
+_MADV_POPULATE_READ: Final = 22
 #: How much of a huge page is looked at in one go for a nonzero byte; fits the L2 cache.
 _PROBE_BYTES: Final = 256 * KiB
 
 _LIBC: Final = ctypes.CDLL(None, use_errno=True)
 _LIBC.fstatfs.argtypes = [ctypes.c_int, ctypes.c_void_p]
 _LIBC.fstatfs.restype = ctypes.c_int
+_LIBC.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_LIBC.madvise.restype = ctypes.c_int
 
 
 class FileMemory:
@@ -152,6 +156,14 @@ class FileMemory:
         except OSError as error:
             raise self._refusal("does not tell its holes", error, offset=first) from error
         return Extents.from_pairs([(a - self._offset, b - self._offset) for a, b in found])
+
+    def prefault(self, *, start: int, length: int) -> None:
+        """Map a range in with one system call; see `MemorySource.prefault`.
+
+        On this mapping faults come every 16 pages (the kernel's fault-around) and cost, in a
+        virtual machine, more than all else that a scan does.
+        """
+        _LIBC.madvise(self.address + start, length, _MADV_POPULATE_READ)
 
     def _data_ranges(self, first: int, limit: int) -> list[tuple[int, int]]:
         """Ask SEEK_DATA and SEEK_HOLE; file offsets, rounded outwards to pages."""

@@ -51,6 +51,9 @@ class Extents:
     @classmethod
     def from_pairs(cls, pairs: list[tuple[int, int]]) -> Extents:
         """Make extents of (start, end) pairs, sorted and disjoint; those that touch are joined."""
+        if len(pairs) == 1:  # nearly always, for a window of a guest
+            [(first, limit)] = pairs
+            return cls(np.array([first], np.int64), np.array([limit - first], np.int64))
         bounds = np.array(pairs, np.int64).reshape(-1, 2)
         splits = np.flatnonzero(bounds[1:, 0] > bounds[:-1, 1])
         start = bounds[np.concatenate([[0], splits + 1]), 0] if len(bounds) else bounds[:, 0]
@@ -93,6 +96,13 @@ class MemorySource(Protocol):
         Raises:
             StateError: the range is not in the memory or not page aligned, or it is closed.
             StorageError: the kernel refused to tell.
+        """
+
+    def prefault(self, *, start: int, length: int) -> None:
+        """Map pages in that will be read, all at once: cheaper than a fault for every few.
+
+        Only an offer: without it, or where the kernel does not take it, reading works all the same.
+        Never for a hole, which it would allocate.
         """
 
     def close(self) -> None:
