@@ -6,8 +6,8 @@ host allocate it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,9 +23,6 @@ from uringmig.pages.zero import nonzero_pages
 from uringmig.plan import Window, bridge_gaps, gap_pages, plan_runs
 from uringmig.progress import ChannelCounters
 from uringmig.units import div_ceil
-
-_EMPTY: Final = np.empty(0, np.int64)
-_NOTHING: Final = IoPlan(_EMPTY, _EMPTY, _EMPTY)
 
 
 @dataclass(slots=True)
@@ -87,10 +84,6 @@ class SaveWork:
         """Scan the window, store its bits, and plan the writes of its data."""
         block = self._blocks[window.block_index]
         look = self._look = _look_at(block, window)
-        if not look.start and block.selected is None and not block.dense:
-            # One big hole: nothing to write, and its bits are clear from the start.
-            self._counters.zero_bytes += window.length_bytes
-            return _NOTHING
         bits = np.zeros(window.page_count, np.bool_)
         for start, length in zip(look.start, look.length, strict=True):
             first, count = start // PAGE_SIZE, length // PAGE_SIZE
@@ -142,6 +135,35 @@ class SaveWork:
 
     def finished(self, window: Window) -> None:
         """Nothing: the pages are where they belong."""
+
+
+def skip_holes(
+    blocks: Sequence[SavedBlock], windows: Sequence[Window], counters: ChannelCounters
+) -> list[Window]:
+    """Settle the windows of a first round that are nothing but hole; give back the others.
+
+    One question for each hole instead of a window's whole way through a channel: an idle guest is
+    mostly holes. Dense blocks keep all their windows, since their bits are to be set.
+    """
+    kept = []
+    data_from = (-1, 0)  # block, and the offset up to which it is known to be a hole
+    for window in windows:
+        block = blocks[window.block_index]
+        start, end = window.start_bytes, window.start_bytes + window.length_bytes
+        if block.dense:
+            kept.append(window)
+            continue
+        if data_from[0] != window.block_index or data_from[1] < start:
+            data_from = (window.block_index, block.memory.next_data(start))
+        if data_from[1] < end:
+            kept.append(window)
+            continue
+        counters.scanned_bytes += window.length_bytes
+        counters.zero_bytes += window.length_bytes
+        counters.finished_bytes += window.length_bytes
+        zero = digest.zero_digest(window.length_bytes)
+        block.digests[start // WINDOW_BYTES] = np.frombuffer(zero, np.uint8)
+    return kept
 
 
 def _look_at(block: SavedBlock, window: Window) -> _Look:

@@ -41,7 +41,7 @@ from uringmig.progress import (
     take_snapshot,
 )
 from uringmig.result import SaveResult, describe_save
-from uringmig.scan import SavedBlock, SaveWork
+from uringmig.scan import SavedBlock, SaveWork, skip_holes
 from uringmig.storage.choice import EngineChoice, choose_engine
 from uringmig.storage.engine import Operation
 from uringmig.storage.target import NamedTarget, PassedTarget, Target
@@ -235,12 +235,13 @@ class MappedRamWriter:
 
     def iter_write_all(self) -> Iterator[Snapshot]:
         """As `write_all`, yielding a `Snapshot` about ten times a second while it goes on."""
+        # Again: a page that was written before and is a hole now has to be looked at as well.
+        again = self._state is not _State.OPEN
         for block in self._blocks:
-            # Again: a page that was written before and is a hole now has to be looked at as well.
-            again = self._state is not _State.OPEN
             block.selected = np.full_like(block.bitmap, 0xFF) if again else None
         counts = [block.layout.page_count for block in self._blocks]
-        yield from self._round(windows_of(counts, window_pages=_WINDOW_PAGES))
+        windows = windows_of(counts, window_pages=_WINDOW_PAGES)
+        yield from self._round(windows, first=not again)
         self._all_written = True
 
     def write_pages(self, idstr: str, page_index: NDArray[np.int64]) -> None:
@@ -373,11 +374,13 @@ class MappedRamWriter:
             ),
         )
 
-    def _round(self, windows: Sequence[Window]) -> Iterator[Snapshot]:
+    def _round(self, windows: Sequence[Window], *, first: bool = False) -> Iterator[Snapshot]:
         """Run all channels over ``windows`` until drained; on any exception the save has failed."""
         self._enter(_State.PAGES, "write")
         self._total_bytes += sum(window.length_bytes for window in windows)
         try:
+            if first:
+                windows = skip_holes(self._blocks, windows, self._counters[0])
             channels = self._channels = run_round(
                 self._shared,
                 windows,

@@ -54,6 +54,7 @@ def test_all_of_a_buffer_is_data() -> None:
     assert (extents.start.tolist(), extents.length.tolist()) == ([2 * PAGE], [3 * PAGE])
     assert extents.total_bytes == 3 * PAGE
     assert len(BufferMemory(bytearray(SIZE)).data_extents(start=PAGE, length=0)) == 0
+    assert BufferMemory(bytearray(SIZE)).next_data(2 * PAGE) == 2 * PAGE
 
 
 def test_prefault_of_a_buffer_changes_nothing() -> None:

@@ -70,6 +70,7 @@ def test_an_unpopulated_file_beyond_the_pool_is_all_holes(big: int, huge_page: i
     memory = FileMemory(big)
     assert memory.length_bytes > free * huge_page
     assert extents_of(memory) == []
+    assert memory.next_data(PAGE) == PAGE
     assert (pool_count("Free"), pool_count("Rsvd")) == (free, reserved)
     assert os.fstat(big).st_blocks == 0
     memory.close()

@@ -129,6 +129,8 @@ def test_extents_are_what_the_kernel_says_page_by_page(
             extents = memory.data_extents(start=first * PAGE, length=count * PAGE)
             assert pages_of(extents) == [page for page in data if first <= page < first + count]
             assert (extents.start[1:] > (extents.start + extents.length)[:-1]).all()
+            following = [page for page in data if page >= first]
+            assert memory.next_data(first * PAGE) == PAGE * min([*following, page_count])
         memory.close()
     finally:
         os.close(fd)

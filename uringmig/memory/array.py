@@ -53,6 +53,11 @@ class BufferMemory:
         check_range(start=start, length=length, length_bytes=len(self.view))
         return Extents.from_pairs([(start, start + length)] if length else [])
 
+    def next_data(self, start: int) -> int:
+        """Give ``start`` back: any byte of a buffer may be nonzero."""
+        check_range(start=start, length=0, length_bytes=len(self.view))
+        return start
+
     def prefault(self, *, start: int, length: int) -> None:
         """Nothing: what the process holds is mapped already, or costs one fault like any other."""
 

@@ -157,6 +157,21 @@ class FileMemory:
             raise self._refusal("does not tell its holes", error, offset=first) from error
         return Extents.from_pairs([(a - self._offset, b - self._offset) for a, b in found])
 
+    def next_data(self, start: int) -> int:
+        """Ask SEEK_DATA; see `MemorySource.next_data`. hugetlbfs does not tell, so ``start``."""
+        check_range(start=start, length=0, length_bytes=len(self.view))
+        if self._huge_page_bytes:
+            return start
+        position = self._offset + start
+        try:
+            found = os.lseek(self._fd, position, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # nothing but a hole up to the end of the file
+                return self.length_bytes
+            raise self._refusal("does not tell its holes", error, offset=position) from error
+        found = align_down(max(found, position), PAGE_SIZE)
+        return min(found - self._offset, self.length_bytes)
+
     def prefault(self, *, start: int, length: int) -> None:
         """Map a range in with one system call; see `MemorySource.prefault`.
 

@@ -98,6 +98,14 @@ class MemorySource(Protocol):
             StorageError: the kernel refused to tell.
         """
 
+    def next_data(self, start: int) -> int:
+        """Say from where on bytes may be nonzero: ``start``, or the end of the hole it lies in.
+
+        Raises:
+            StateError: ``start`` is not in the memory or not page aligned, or it is closed.
+            StorageError: the kernel refused to tell.
+        """
+
     def prefault(self, *, start: int, length: int) -> None:
         """Map pages in that will be read, all at once: cheaper than a fault for every few.
 
