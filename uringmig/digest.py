@@ -7,6 +7,7 @@ zero bytes they stand for, so a digest is that of the guest's memory, however it
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 import numpy as np
@@ -45,6 +46,31 @@ def sparse_digest(memory: NDArray[np.uint8], start: list[int], length: list[int]
         at = first + count
     state.update(memoryview(_ZEROS)[: len(memory) - at])
     return state.digest()
+
+
+def content_digest(
+    *, machine: str, blocks: Iterable[tuple[str, int, Sequence[bytes]]], device_state: bytes
+) -> str:
+    """Digest of a whole guest, however it is stored: equal for every tier of an archive; hex.
+
+    Args:
+        machine: machine type.
+        blocks: idstr, used_length in bytes and the digests of all windows, in the image's order.
+        device_state: everything after ram's START section.
+    """
+    state = xxhash.xxh3_128()
+
+    def add(data: bytes) -> None:
+        state.update(len(data).to_bytes(8, "big"))
+        state.update(data)
+
+    add(machine.encode())
+    for idstr, used_length, digests in blocks:
+        add(idstr.encode())
+        add(used_length.to_bytes(8, "big"))
+        add(b"".join(digests))
+    add(device_state)
+    return state.hexdigest()
 
 
 class StreamDigest:

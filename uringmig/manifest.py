@@ -5,7 +5,7 @@ Optional: stock QEMU loads the image with or without it. `verify` reads it.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, Literal
 
 import msgspec
 
@@ -44,11 +44,41 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     rate: int
 
 
+class ArchiveFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What makes an image an entry of an archive; with the rest it rebuilds the catalogue.
+
+    Every tier's manifest has these as ``archive``, beside ``created``, ``machine`` and
+    ``file_size``.
+
+    Attributes:
+        name: of the entry; the image's file is named after it.
+        vm: whose memory it is.
+        host: where it was made.
+        source_kind: what it was read from: ``qmp`` (a running QEMU), or a kind of contents.
+        source_path: where that was.
+        source_fingerprint: what the source was, so that the same one is known again; may be empty.
+        content_digest: `digest.content_digest`, equal in all tiers.
+        memory_bytes: guest memory.
+        stored_bytes: guest memory in pages that are set.
+    """
+
+    name: str
+    vm: str
+    tier: Literal["hot", "cold"]
+    host: str
+    source_kind: str
+    source_path: str
+    source_fingerprint: str
+    content_digest: str
+    memory_bytes: int
+    stored_bytes: int
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The whole sidecar; sizes and offsets in bytes, times in seconds.
 
     ``base`` is where the image begins in its file; ``stream_digest`` covers every byte outside the
-    page areas.
+    page areas; ``archive`` is there if the image is an entry of an archive.
     """
 
     format: str = FORMAT
@@ -65,6 +95,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     settings: Settings
     seconds: dict[str, float]
     notes: list[str]
+    archive: ArchiveFields | msgspec.UnsetType = msgspec.UNSET
 
 
 def encode(manifest: Manifest) -> bytes:

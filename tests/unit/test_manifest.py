@@ -6,11 +6,12 @@ import contextlib
 import json
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from uringmig import manifest
+from uringmig import digest, manifest
 from uringmig.errors import FormatError
 
 SAMPLE = manifest.Manifest(
@@ -51,6 +52,48 @@ def as_json() -> dict[str, Any]:
 
 def test_manifest_is_read_back_as_written() -> None:
     assert manifest.decode(manifest.encode(SAMPLE)) == SAMPLE
+
+
+def test_fields_of_an_archive_are_read_back_and_left_out_where_there_are_none() -> None:
+    assert "archive" not in as_json()
+    fields = manifest.ArchiveFields(
+        name="web1-1",
+        vm="web1",
+        tier="hot",
+        host="node1",
+        source_kind="qmp",
+        source_path="/run/web1.sock",
+        source_fingerprint="",
+        content_digest="cd" * 16,
+        memory_bytes=8 << 20,
+        stored_bytes=17 << 12,
+    )
+    entry = msgspec.structs.replace(SAMPLE, archive=fields)
+    assert manifest.decode(manifest.encode(entry)).archive == fields
+
+
+CONTENT: dict[str, Any] = {
+    "machine": "q35",
+    "blocks": [("a", 4096, [b"x" * 16]), ("b", 8192, [b"y" * 16, b"z" * 16])],
+    "device_state": b"state",
+}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"machine": "pc"},
+        {"device_state": b"stats"},
+        {"blocks": CONTENT["blocks"][:1]},
+        {"blocks": CONTENT["blocks"][::-1]},
+        {"blocks": [("a", 4096, [b"x" * 16, b"y" * 16]), ("b", 8192, [b"z" * 16])]},
+        {"blocks": [("a", 4097, [b"x" * 16]), CONTENT["blocks"][1]]},
+        {"blocks": [("ab", 4096, [b"x" * 16]), CONTENT["blocks"][1]]},
+    ],
+)
+def test_content_digest_changes_with_every_part(change: dict[str, Any]) -> None:
+    assert digest.content_digest(**CONTENT) == digest.content_digest(**CONTENT)
+    assert digest.content_digest(**CONTENT | change) != digest.content_digest(**CONTENT)
 
 
 def test_manifest_is_json_with_its_format_and_version() -> None:
