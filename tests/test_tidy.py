@@ -65,6 +65,7 @@ ARROWS: Final[dict[str, tuple[str, ...]]] = {
     "qemu": ("writer", "reader", "qemu.monitor"),
     "qemu.monitor": ("options",),
     "wire": ("writer", "reader"),
+    "contents": ("reader",),
     "writer": ("channel", "result", "image"),
     "result": ("manifest", "scan"),
     "reader": ("channel", "manifest", "image"),

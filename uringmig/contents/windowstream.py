@@ -1,0 +1,160 @@
+"""Windows read ahead by channels and handed to one consumer, from any file.
+
+Every channel has a few buffers of its own: one for each window that its requests can fill, one for
+the consumer and one more, so that it reads on while the consumer looks. When the consumer is slower
+than the disk the channel waits for a buffer: memory is bounded by options alone.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from uringmig.channel import ChannelFile, run_round
+from uringmig.contents.source import WindowRead, row_of
+from uringmig.iobatch import IoPlan
+from uringmig.memory.source import Extents
+from uringmig.options import PAGE_SIZE, WINDOW_BYTES
+from uringmig.pages.runs import runs_from_bits
+from uringmig.plan import Window
+from uringmig.progress import ChannelCounters
+from uringmig.storage.buffers import aligned_buffer
+from uringmig.units import div_ceil
+
+#: Buffers of a channel beside those that requests fill.
+_SPARE_BUFFERS: Final = 2
+_EMPTY: Final = np.empty(0, np.int64)
+_NOTHING: Final = IoPlan(_EMPTY, _EMPTY, _EMPTY)
+
+NO_DATA: Final = Extents(np.empty(0, np.int64), np.empty(0, np.int64))
+
+
+class WindowFiller(Protocol):
+    """How a window of some file format is filled; used by several channels at the same time."""
+
+    #: Length of the buffers, page aligned, that `plan` and `complete` get.
+    buffer_bytes: int
+
+    def plan(self, window: Window, buffer: NDArray[np.uint8]) -> IoPlan:
+        """Decide what to read into the buffer; may be empty."""
+
+    def complete(self, window: Window, buffer: NDArray[np.uint8]) -> WindowRead:
+        """Make the window of what has been read; its memory lies in the buffer."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Filled:
+    """A window for the consumer, and where its buffer goes afterwards; None ends the reading."""
+
+    read: WindowRead
+    buffer: NDArray[np.uint8]
+    home: queue.SimpleQueue[NDArray[np.uint8] | None]
+
+
+class _ReadWork:
+    """One channel's side: a window's buffer is its own from `plan` until the consumer is done."""
+
+    def __init__(
+        self,
+        filler: WindowFiller,
+        shared: ChannelFile,
+        ready: queue.SimpleQueue[_Filled | BaseException | None],
+        stopping: threading.Event,
+    ) -> None:
+        options = shared.options
+        self.windows_max = div_ceil(options.depth * options.block_size, WINDOW_BYTES) + 1
+        self.free: queue.SimpleQueue[NDArray[np.uint8] | None] = queue.SimpleQueue()
+        for _ in range(self.windows_max + _SPARE_BUFFERS):
+            self.free.put(aligned_buffer(filler.buffer_bytes))
+        self._filler = filler
+        self._ready = ready
+        self._stopping = stopping
+        self._used: dict[Window, NDArray[np.uint8]] = {}
+
+    def plan(self, window: Window) -> IoPlan:
+        """Plan the reads of the window into a free buffer, waiting for one if need be."""
+        buffer = None if self._stopping.is_set() else self.free.get()
+        if buffer is None:
+            return _NOTHING
+        self._used[window] = buffer
+        return self._filler.plan(window, buffer)
+
+    def submitted(self, window: Window) -> None:
+        """Nothing can be done beside the device: what is read is not there yet."""
+
+    def finished(self, window: Window) -> None:
+        """Hand the window over."""
+        buffer = self._used.pop(window, None)
+        if buffer is not None:
+            self._ready.put(_Filled(self._filler.complete(window, buffer), buffer, self.free))
+
+
+def read_windows(
+    shared: ChannelFile, filler: WindowFiller, windows: Sequence[Window]
+) -> Iterator[WindowRead]:
+    """Read windows by channels in threads of their own, and yield each when it is there.
+
+    Raises:
+        UringmigError: the first failure of any channel; the others have stopped and drained.
+    """
+    ready: queue.SimpleQueue[_Filled | BaseException | None] = queue.SimpleQueue()
+    stopping = threading.Event()
+    works: list[_ReadWork] = []
+
+    def make_work(_: ChannelCounters) -> _ReadWork:
+        works.append(_ReadWork(filler, shared, ready, stopping))
+        return works[-1]
+
+    def drive() -> None:
+        counters = [ChannelCounters() for _ in range(min(shared.options.channels, len(windows)))]
+        try:
+            with closing(run_round(shared, windows, make_work, counters)) as round_:
+                for _ in round_:
+                    if stopping.is_set():
+                        break
+        except BaseException as error:
+            ready.put(error)
+        else:
+            ready.put(None)
+
+    driver = threading.Thread(target=drive, name="read-ahead", daemon=True)
+    driver.start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item.read
+            item.home.put(item.buffer)
+    finally:
+        stopping.set()
+        for work in works:
+            work.free.put(None)
+        driver.join()
+
+
+def zero_window(window: Window, zeros: NDArray[np.uint8]) -> WindowRead:
+    """A window of zeros: a view of ``zeros``, which is never written."""
+    block_index, row = row_of(window)
+    return WindowRead(block_index, row, zeros[: window.length_bytes], NO_DATA)
+
+
+def zero_memory() -> NDArray[np.uint8]:
+    """Memory for `zero_window`; read-only, and nobody allocates it by reading."""
+    zeros = aligned_buffer(WINDOW_BYTES)
+    zeros.flags.writeable = False
+    return zeros
+
+
+def extents_of(bits: NDArray[np.bool_]) -> Extents | None:
+    """The data of a window whose pages have these bits; None where all are set."""
+    if bits.all():
+        return None
+    runs = runs_from_bits(bits)
+    return Extents(runs.first_page * PAGE_SIZE, runs.page_count * PAGE_SIZE)
