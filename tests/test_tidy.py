@@ -60,7 +60,8 @@ IMPURE_IMPORTS: Final = frozenset(
 #: part. A part is the longest prefix of the module's name (without the package) that stands here.
 ARROWS: Final[dict[str, tuple[str, ...]]] = {
     "cli": ("batch", "verify", "qemu", "wire"),
-    "batch": ("verify", "qemu", "wire"),
+    "batch": ("archive", "verify", "qemu", "wire"),
+    "archive": ("contents", "verify", "writer", "reader", "qemu"),
     "verify": ("writer", "reader"),
     "qemu": ("writer", "reader", "qemu.monitor"),
     "qemu.monitor": ("options",),

@@ -5,7 +5,7 @@ Optional: stock QEMU loads the image with or without it. `verify` reads it.
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
 
@@ -19,6 +19,15 @@ FORMAT: Final = "uringmig-manifest"
 VERSION: Final = 1
 #: 64 TiB of RAM give 16 Mi windows of 35 bytes: no honest manifest is larger.
 BYTES_MAX: Final = 600 * MiB
+
+Tier = Literal["hot", "cold"]
+#: A count of bytes that a catalogue can hold too.
+Size = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+#: A host's or a virtual machine's name; longer than any of them may be.
+Label = Annotated[str, msgspec.Meta(max_length=255)]
+#: A path or what stands for one; PATH_MAX and a little.
+Whereabouts = Annotated[str, msgspec.Meta(max_length=5000)]
+HexDigest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
 
 
 class ManifestBlock(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -62,16 +71,16 @@ class ArchiveFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         stored_bytes: guest memory in pages that are set.
     """
 
-    name: str
-    vm: str
-    tier: Literal["hot", "cold"]
-    host: str
-    source_kind: str
-    source_path: str
-    source_fingerprint: str
-    content_digest: str
-    memory_bytes: int
-    stored_bytes: int
+    name: Label
+    vm: Label
+    tier: Tier
+    host: Label
+    source_kind: Label
+    source_path: Whereabouts
+    source_fingerprint: Whereabouts
+    content_digest: HexDigest
+    memory_bytes: Size
+    stored_bytes: Size
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

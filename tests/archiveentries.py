@@ -1,0 +1,62 @@
+"""Small entries for archives: images of small guests, hot, with the fields of an entry."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from smallguests import OPTIONS, PWRITE, Memories, make_guest, ramblocks_of
+
+from uringmig import MappedRamReader, MappedRamWriter, digest, manifest
+from uringmig.archive.directory import Archive
+from uringmig.archive.entry import Entry
+from uringmig.storage.publication import Publication
+
+KIB = 1 << 10
+
+
+def publish_hot_image(path: Path, guest: Memories, **fields: Any) -> None:
+    """Publish an image whose manifest makes it an entry; ``fields`` replace what it says."""
+    with tempfile.TemporaryDirectory() as folder:
+        image = Path(folder) / "image"
+        with MappedRamWriter(image, ramblocks_of(guest), options=OPTIONS, engine=PWRITE) as writer:
+            writer.write_all()
+            writer.finish()
+        with MappedRamReader(image) as reader:
+            tail = reader.device_state().tail
+        said = json.loads(Path(f"{image}{manifest.SUFFIX}").read_bytes())
+        data = image.read_bytes()
+    blocks = [
+        (block["idstr"], block["used_length"], [bytes.fromhex(one) for one in block["digests"]])
+        for block in said["blocks"]
+    ]
+    said["created"] = fields.pop("created", said["created"])
+    said["archive"] = {
+        "name": path.name.removesuffix(".mig"),
+        "vm": "web1",
+        "tier": "hot",
+        "host": "node1",
+        "source_kind": "mapped-ram",
+        "source_path": "/var/web1.mig",
+        "source_fingerprint": "",
+        "content_digest": digest.content_digest(
+            machine=said["machine"], blocks=blocks, device_state=tail
+        ),
+        "memory_bytes": sum(block["used_length"] for block in said["blocks"]),
+        "stored_bytes": 4096 * sum(block["pages_set"] for block in said["blocks"]),
+    } | fields
+    publication = Publication(path, sidecar=manifest.SUFFIX)
+    publication.main.write_at(0, data)
+    publication.main.sync()
+    publication.publish(json.dumps(said).encode())
+
+
+def add_entry(
+    archive: Archive, name: str, *, seed: int = 0, ram_bytes: int = 512 * KIB, **fields: Any
+) -> Entry:
+    """Make a hot entry of a small guest."""
+    image = archive.place(name, "hot").image
+    publish_hot_image(image, make_guest(seed, ram_bytes=ram_bytes), **fields)
+    return archive.add(image)
