@@ -6,6 +6,7 @@
     |   +-- FormatError      the bytes of a file or stream break their format
     |   +-- MismatchError    two things that should be equal are not
     +-- PeerError        4   the other side: QEMU, its QMP socket, its stream
+    |   +-- BusyError        it is there but taken, or not there yet
     +-- StorageError     5   the kernel or the disk: ENOSPC, EIO, no O_DIRECT where required
     +-- HostError        6   this machine cannot: no io_uring and nothing allowed to replace it
 
@@ -17,13 +18,23 @@ from __future__ import annotations
 
 import errno as errno_names
 import os
-from typing import ClassVar
+from typing import ClassVar, Final
+
+#: What a kernel says of a moment, not of a disk.
+_PASSING: Final = frozenset(
+    {errno_names.EAGAIN, errno_names.EBUSY, errno_names.EINTR, errno_names.ENOMEM}
+)
 
 
 class UringmigError(Exception):
     """Base of all errors that are not bugs of ours; ``str()`` is one line for an operator."""
 
     exit_code: ClassVar[int] = 1
+
+    @property
+    def may_pass(self) -> bool:
+        """The same attempt, later, may succeed although nobody changes anything."""
+        return False
 
 
 class StateError(UringmigError):
@@ -82,6 +93,15 @@ class PeerError(UringmigError):
     exit_code = 4
 
 
+class BusyError(PeerError):
+    """The other side is taken by another client, or not (yet) there: this may pass."""
+
+    @property
+    def may_pass(self) -> bool:
+        """Another client leaves, a migration ends."""
+        return True
+
+
 class StorageError(UringmigError):
     """The kernel or the disk refused.
 
@@ -111,6 +131,11 @@ class StorageError(UringmigError):
         if errno is not None:
             why = f": {os.strerror(errno)} ({errno_names.errorcode.get(errno, errno)})"
         super().__init__(f"{where}{what}{at}{why}" + ("" if cure is None else f"; {cure}"))
+
+    @property
+    def may_pass(self) -> bool:
+        """A lock is given back, the kernel finds memory; a full or failing disk stays so."""
+        return self.errno in _PASSING
 
 
 class HostError(UringmigError):

@@ -1,4 +1,4 @@
-"""Sizes in bytes: names, rounding, and text both ways.  Division says which way it rounds."""
+"""Sizes in bytes, durations: names, rounding, text both ways.  Division says how it rounds."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ TiB: Final = 1 << 40
 
 _FACTORS: Final = {"": 1, "K": KiB, "M": MiB, "G": GiB, "T": TiB}
 _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]?)(?:i?B)?", re.IGNORECASE)
+_SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_DURATION: Final = re.compile(r"(?:\d+(?:\.\d+)?[smhd])+")
 
 
 def div_ceil(dividend: int, divisor: int) -> int:
@@ -57,3 +59,28 @@ def format_size(size_bytes: float) -> str:
         if abs(size_bytes) >= factor:
             return f"{size_bytes / factor:.1f} {unit}"
     return f"{size_bytes:.0f} B"
+
+
+def parse_duration(text: str) -> float:
+    """Read ``90s``, ``30m``, ``1.5h`` or ``1h30m`` as seconds; ``0`` needs no unit.
+
+    Raises:
+        StateError: the text is not a duration.
+    """
+    text = text.strip()
+    if text == "0":
+        return 0.0
+    if _DURATION.fullmatch(text) is None:
+        raise StateError(f"not a duration: {text!r} (write for example 90s, 30m, 1h30m)")
+    parts = re.findall(r"([\d.]+)([smhd])", text)
+    return sum(float(number) * _SECONDS[unit] for number, unit in parts)
+
+
+def format_duration(seconds: float) -> str:
+    """Write seconds for people: ``4.2 s``, ``3m05s``, ``2h07m``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, left = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}m{left:02}s"
+    return f"{minutes // 60}h{minutes % 60:02}m"

@@ -7,6 +7,7 @@ import errno
 import pytest
 
 from uringmig.errors import (
+    BusyError,
     BytesError,
     FormatError,
     HostError,
@@ -25,6 +26,7 @@ from uringmig.errors import (
         (FormatError, 3),
         (MismatchError, 3),
         (PeerError, 4),
+        (BusyError, 4),
         (StorageError, 5),
         (HostError, 6),
     ],
@@ -66,3 +68,21 @@ def test_storage_error_names_file_offset_cause_and_cure() -> None:
 
 def test_storage_error_takes_a_number_without_a_name() -> None:
     assert "(9999)" in str(StorageError("write failed", errno=9999))
+
+
+@pytest.mark.parametrize(
+    ("error", "passes"),
+    [
+        (PeerError("not shared"), False),
+        (BusyError("taken"), True),
+        (StateError("no"), False),
+        (FormatError("magic"), False),
+        (HostError("no ring"), False),
+        (StorageError("no O_DIRECT"), False),
+        (StorageError("locked", errno=errno.EAGAIN), True),
+        (StorageError("full", errno=errno.ENOSPC), False),
+        (StorageError("broken", errno=errno.EIO), False),
+    ],
+)
+def test_error_knows_whether_it_may_pass(error: UringmigError, passes: bool) -> None:
+    assert error.may_pass is passes

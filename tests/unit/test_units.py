@@ -15,8 +15,10 @@ from uringmig.units import (
     align_down,
     align_up,
     div_ceil,
+    format_duration,
     format_size,
     is_aligned,
+    parse_duration,
     parse_size,
 )
 
@@ -83,3 +85,26 @@ def test_size_is_written_for_people(size: float, text: str) -> None:
 @given(st.integers(0, 1 << 50))
 def test_plain_number_is_read_back(size: int) -> None:
     assert parse_size(str(size)) == size
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("0", 0), ("90s", 90), ("30m", 1800), ("1h30m", 5400), ("1.5h", 5400), (" 2d ", 172800)],
+)
+def test_parse_duration(text: str, seconds: float) -> None:
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "3", "m", "-1s", "1 h", "1h-30m", "1e3s", "infs", "1w"])
+def test_parse_duration_refuses(text: str) -> None:
+    with pytest.raises(StateError, match="not a duration"):
+        parse_duration(text)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0.0 s"), (4.21, "4.2 s"), (60, "1m00s"), (185, "3m05s"), (3599.6, "1h00m"),
+     (7620, "2h07m")],
+)  # fmt: skip
+def test_format_duration(seconds: float, text: str) -> None:
+    assert format_duration(seconds) == text

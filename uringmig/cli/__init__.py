@@ -19,10 +19,10 @@ from uringmig.cli.load import load
 from uringmig.cli.output import Output
 from uringmig.cli.save import save
 from uringmig.cli.session import Session
-from uringmig.cli.signals import SIGNAL_EXIT_CODE, Interrupted, Signals
 from uringmig.cli.verify import verify
 from uringmig.cli.version import version_lines
 from uringmig.errors import UringmigError
+from uringmig.signals import SIGNAL_EXIT_CODE, Interrupted, Signals
 
 #: Also under ``python -m uringmig``: the name that usage lines and shell completion go by.
 PROGRAM: Final = "uringmig"

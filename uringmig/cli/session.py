@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import typer
 
 from uringmig.cli.output import Output
-from uringmig.cli.signals import Signals
 from uringmig.progress import Snapshot
+from uringmig.signals import Signals
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from typing import Any, Final, Self
 
 from qemu.qmp import ConnectError, ExecuteError, QMPClient, QMPError
 
-from uringmig.errors import PeerError
+from uringmig.errors import BusyError, PeerError
 
 #: A QEMU greets at once; one that does not within this time is stopped or talks to another client.
 GREETING_TIMEOUT_S: Final = 10.0
@@ -150,7 +150,7 @@ class Monitor:
         try:
             self._runner.run(_within(self._client.connect(connection), timeout_s))
         except TimeoutError:
-            raise PeerError(
+            raise BusyError(
                 f"{self.path}: no QMP greeting within {timeout_s:g} s; "
                 "another client is connected to it, or QEMU does not respond"
             ) from None
@@ -400,7 +400,9 @@ def _connect(path: str, *, timeout_s: float) -> socket.socket:
             errno.EACCES: "no permission to connect to this QMP socket",
         }
         reason = reasons.get(error.errno or 0, f"cannot connect: {error}")
-        raise PeerError(f"{path}: {reason}") from None
+        # A QEMU that is just being started listens in a moment; permission is not given in time.
+        passing = error.errno in (errno.ECONNREFUSED, errno.EAGAIN)
+        raise (BusyError if passing else PeerError)(f"{path}: {reason}") from None
     connection.setblocking(False)
     return connection
 

@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
-from uringmig.errors import PeerError
+from uringmig.errors import BusyError, PeerError
 from uringmig.format.constants import CAPABILITY_IGNORE_SHARED, CAPABILITY_MAPPED_RAM
 from uringmig.memory.mapping import FileMemory
 from uringmig.memory.source import MemorySource
@@ -100,7 +100,7 @@ def save_shared(
     if before not in _SAVED_FROM:
         raise PeerError(f"the guest is in state {before!r}, from which QEMU cannot migrate")
     if not monitor.migration().ended:
-        raise PeerError(f"QEMU is busy with a migration ({monitor.migration().status})")
+        raise BusyError(f"QEMU is busy with a migration ({monitor.migration().status})")
     image: SaveResult | None = None
     stream: DeviceStream | None = None
     notes: list[str] = []

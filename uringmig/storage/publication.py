@@ -116,7 +116,9 @@ def _create_locked(path: str) -> int:
         except OSError as error:
             os.close(fd)
             if error.errno == errno.EWOULDBLOCK:
-                raise StorageError("another save is writing this file", path=path) from None
+                raise StorageError(
+                    "another save is writing this file", errno=error.errno, path=path
+                ) from None
             raise StorageError("cannot prepare", errno=error.errno, path=path) from None
         os.close(fd)
 

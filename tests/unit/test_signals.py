@@ -13,11 +13,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from uringmig.cli.signals import Interrupted, Signals
+from uringmig.signals import Interrupted, Signals
 
 WAITS = """
 import signal, sys, time
-from uringmig.cli.signals import Signals
+from uringmig.signals import Signals
 class Slow:
     def __enter__(self): return self
     def __exit__(self, *exception):

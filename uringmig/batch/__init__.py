@@ -1,0 +1,1 @@
+"""Many archive jobs in one run: bounded, checked, resumable."""

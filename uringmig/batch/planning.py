@@ -1,0 +1,115 @@
+"""What a run would do and whether the disks hold it: the plan of ``--dry-run`` and of every run."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from uringmig.batch.job import Tier
+from uringmig.errors import StorageError
+from uringmig.units import format_size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanRow:
+    """One job of a plan; bytes.
+
+    Attributes:
+        entry: its name in the archive.
+        kind: of the source; "" where it could not be looked at.
+        stored_bytes: of the guest's memory, in pages that are not known to be zero.
+        file_bytes: what the entry takes at most.
+        done: why there is nothing to do, or "".
+        problem: why it is not known what there is to do, or "".
+    """
+
+    job: str
+    entry: str
+    archive: str
+    tier: Tier
+    kind: str = ""
+    memory_bytes: int = 0
+    stored_bytes: int = 0
+    file_bytes: int = 0
+    done: str = ""
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Space:
+    """One file system and what its archives ask of it; bytes."""
+
+    archives: tuple[str, ...]
+    needed_bytes: int
+    free_bytes: int
+
+    @property
+    def fits(self) -> bool:
+        """It holds what is asked."""
+        return self.needed_bytes <= self.free_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A whole run."""
+
+    rows: tuple[PlanRow, ...]
+    spaces: tuple[Space, ...]
+
+    def check(self) -> None:
+        """Refuse a plan that cannot fit.
+
+        Raises:
+            StorageError: names the archive, what is needed and what is free.
+        """
+        for space in self.spaces:
+            if not space.fits:
+                raise StorageError(
+                    f"the plan needs {format_size(space.needed_bytes)} "
+                    f"({space.needed_bytes} bytes) here, and "
+                    f"{format_size(space.free_bytes)} ({space.free_bytes} bytes) are free",
+                    path=", ".join(space.archives),
+                    cure="make room (archive prune), or archive fewer VMs or in tier cold",
+                )
+
+
+def make_plan(rows: Sequence[PlanRow], free: Mapping[str, tuple[int, int]]) -> Plan:
+    """Add up what is asked of each file system.
+
+    Args:
+        rows: every job.
+        free: for each archive, the number of its file system and the bytes free there.
+    """
+    archives: dict[int, list[str]] = defaultdict(list)
+    for archive, (number, _) in free.items():
+        archives[number].append(archive)
+    return Plan(
+        rows=tuple(rows),
+        spaces=tuple(
+            Space(
+                archives=tuple(names),
+                needed_bytes=sum(row.file_bytes for row in rows if row.archive in names),
+                free_bytes=free[names[0]][1],
+            )
+            for names in archives.values()
+        ),
+    )
+
+
+def free_space(archive: str) -> tuple[int, int]:
+    """The file system an archive lies on, or will lie on, and the bytes free there.
+
+    Raises:
+        StorageError: it cannot be looked at.
+    """
+    at = Path(archive)
+    try:
+        while not at.exists() and at != at.parent:
+            at = at.parent
+        found = os.statvfs(at)
+        return at.stat().st_dev, found.f_bavail * found.f_frsize
+    except OSError as error:
+        raise StorageError("cannot look at the free space", errno=error.errno, path=at) from None
