@@ -4,43 +4,24 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import imagewriter
 import numpy as np
 import pytest
+from contentsreading import collect
 from smallguests import MIB, OPTIONS, PAGE, aligned, copy_of, make_guest, ramblocks_of
 
 from uringmig import MappedRamWriter, ReadOptions
 from uringmig.contents.mappedram import MappedRamContents
 from uringmig.contents.opening import open_contents
-from uringmig.contents.source import Contents, Row, all_rows, row_length
+from uringmig.contents.source import Row, all_rows
 from uringmig.errors import FormatError, MismatchError, StateError
 from uringmig.format.device_state import DeviceState
 from uringmig.options import WINDOW_BYTES
 
 FAST = ReadOptions(channels=2, depth=4, block_size=64 << 10)
-
-
-def collect(source: Contents, rows: Sequence[Row] | None = None) -> dict[str, bytes]:
-    """Put windows together, touching only what may be touched; each row exactly once."""
-    wanted = all_rows(source.blocks) if rows is None else rows
-    memory = {block.idstr: bytearray(block.used_length) for block in source.blocks}
-    seen = []
-    for read in source.windows(wanted):
-        seen.append((read.block_index, read.row))
-        block = source.blocks[read.block_index]
-        assert len(read.memory) == row_length(block, read.row)
-        assert read.memory.ctypes.data % PAGE == 0
-        pieces = [(0, len(read.memory))]
-        if read.data is not None:
-            pieces = list(zip(read.data.start.tolist(), read.data.length.tolist(), strict=True))
-        for start, length in pieces:
-            at = read.row * WINDOW_BYTES + start
-            memory[block.idstr][at : at + length] = read.memory[start : start + length].data
-    assert sorted(seen) == sorted(wanted)
-    return {idstr: bytes(data) for idstr, data in memory.items()}
 
 
 @pytest.fixture

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from uringmig.channel import ChannelFile, run_round
-from uringmig.contents.source import WindowRead, row_of
+from uringmig.contents.source import Row, WindowRead, row_of
 from uringmig.iobatch import IoPlan
 from uringmig.memory.source import Extents
 from uringmig.options import PAGE_SIZE, WINDOW_BYTES
@@ -39,8 +39,9 @@ NO_DATA: Final = Extents(np.empty(0, np.int64), np.empty(0, np.int64))
 class WindowFiller(Protocol):
     """How a window of some file format is filled; used by several channels at the same time."""
 
-    #: Length of the buffers, page aligned, that `plan` and `complete` get.
-    buffer_bytes: int
+    @property
+    def buffer_bytes(self) -> int:
+        """Length of the buffers, page aligned, that `plan` and `complete` get."""
 
     def plan(self, window: Window, buffer: NDArray[np.uint8]) -> IoPlan:
         """Decide what to read into the buffer; may be empty."""
@@ -104,6 +105,37 @@ def read_windows(
     Raises:
         UringmigError: the first failure of any channel; the others have stopped and drained.
     """
+    with closing(_fill(shared, filler, windows)) as filled:
+        for item in filled:
+            yield item.read
+            item.home.put(item.buffer)
+
+
+def read_in_order(
+    shared: ChannelFile, filler: WindowFiller, windows: Sequence[Window]
+) -> Generator[WindowRead, None, None]:
+    """As `read_windows`, but in the order of ``windows``; those that come early are held.
+
+    One channel reads them: with more, one that failed would leave the others without buffers, all
+    of them held here for the sake of a window that never comes.
+    """
+    shared = replace(shared, options=replace(shared.options, channels=1))
+    early: dict[Row, _Filled] = {}
+    order = iter(windows)
+    awaited = next(order, None)
+    with closing(_fill(shared, filler, windows)) as filled:
+        for item in filled:
+            early[item.read.block_index, item.read.row] = item
+            while awaited is not None and (found := early.pop(row_of(awaited), None)) is not None:
+                yield found.read
+                found.home.put(found.buffer)
+                awaited = next(order, None)
+
+
+def _fill(
+    shared: ChannelFile, filler: WindowFiller, windows: Sequence[Window]
+) -> Generator[_Filled, None, None]:
+    """Run the channels in a thread; whoever takes an item puts its buffer home afterwards."""
     ready: queue.SimpleQueue[_Filled | BaseException | None] = queue.SimpleQueue()
     stopping = threading.Event()
     works: list[_ReadWork] = []
@@ -130,8 +162,7 @@ def read_windows(
         while (item := ready.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
-            yield item.read
-            item.home.put(item.buffer)
+            yield item
     finally:
         stopping.set()
         for work in works:

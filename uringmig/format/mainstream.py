@@ -35,6 +35,7 @@ from uringmig.format.headers import (
     equal,
 )
 from uringmig.format.layout import Area, AreaMap
+from uringmig.format.plainrecords import PageIndex
 from uringmig.format.ramsection import RamSection, read_footer
 from uringmig.format.vmdescription import DeviceDescription, VmDescription, find_vmdescription
 
@@ -65,15 +66,19 @@ class MainStreamReader:
     `waiting_for_description`.
     """
 
-    def __init__(self, *, base: int = 0, file_size: int | None = None) -> None:
+    def __init__(
+        self, *, base: int = 0, file_size: int | None = None, index: PageIndex | None = None
+    ) -> None:
         """Begin before the stream header.
 
         Args:
             base: absolute offset of the stream header.
             file_size: bytes of the whole file, which bounds every offset; None for a socket.
+            index: takes the pages of a plain stream, in place of an event for each.
         """
         self._file_size = file_size
         self._limit = file_size
+        self._index = index
         self._offset = base
         self._buffer = bytearray()
         self._position = 0
@@ -331,6 +336,12 @@ class MainStreamReader:
         return None if header is None else header.pages_offset + block.used_length
 
     def _read_word(self, cursor: Cursor) -> None:
+        # Pages come in PART and END only, and with mapped-ram not at all.
+        in_start = self._section_type == c.QEMU_VM_SECTION_START
+        if not (self._index is None or in_start or self._configuration.mapped_ram):
+            taken = self._ram.take_records(self._index, cursor, self._buffer)
+            if taken:
+                return
         event = self._ram.read_word(cursor, self._section_type)
         if event is not None:
             self._events.append(event)

@@ -30,6 +30,7 @@ from uringmig.format.headers import (
     equal,
 )
 from uringmig.format.layout import Area, AreaMap, bitmap_length
+from uringmig.format.plainrecords import PageIndex
 from uringmig.options import PAGE_SIZE
 from uringmig.units import is_aligned
 
@@ -222,6 +223,18 @@ class RamSection:
             event = RamZero(at, idstr, page_offset)
         self._last_idstr = idstr
         return event
+
+    def take_records(self, index: PageIndex, cursor: Cursor, data: bytearray) -> bool:
+        """Let an index take all the page records that are whole; say whether there were any."""
+        start = cursor.position
+        cursor.position, self._last_idstr = index.take(
+            data,
+            position=start,
+            offset=cursor.offset,
+            used_lengths=self._used_lengths,
+            last_idstr=self._last_idstr,
+        )
+        return cursor.position > start
 
     def _block_of(self, cursor: Cursor, flags: int) -> str:
         """Read whose page a record is: named, or that of the record before."""

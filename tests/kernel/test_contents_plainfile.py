@@ -1,0 +1,154 @@
+"""Plain streams in files as contents: the last of each page, wherever its bytes lie."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from contentsreading import collect
+from imagewriter import PAGE, Device
+from mainstreams import (
+    EOS,
+    FLUSH,
+    PlainBlock,
+    page_record,
+    plain_start,
+    plain_tail,
+    ram_section,
+    word,
+    zero_record,
+)
+
+from uringmig import ReadOptions
+from uringmig.contents.opening import open_contents
+from uringmig.contents.source import all_rows
+from uringmig.errors import FormatError
+from uringmig.options import WINDOW_BYTES
+
+BLOCKS = [
+    PlainBlock(idstr="pc.ram", used_length=3 * WINDOW_BYTES + 5 * PAGE),
+    PlainBlock(idstr="vga", used_length=PAGE * 7),
+]
+DEVICES = [Device(body=b"\x06\x00\x00\x00\x02{}"), Device(idstr="cpu", section_id=4)]
+EARLY = [Device(idstr="early", section_id=7)]
+FAST = ReadOptions(channels=2, depth=4, block_size=64 << 10)
+
+
+def random_stream(seed: int, *, rounds: int = 3) -> tuple[bytes, dict[str, bytes]]:
+    """A stream in which pages come in rounds, changed, cleared and again, and what it means."""
+    source = np.random.default_rng(seed)
+    memory = {block.idstr: bytearray(block.used_length) for block in BLOCKS}
+    sections = []
+    last = None
+    for number in range(rounds):
+        body = b""
+        for block in BLOCKS:
+            count = block.used_length // PAGE
+            pages = np.arange(count)
+            if number:
+                pages = source.permutation(count)[: count // (3 * number)]
+            for page in pages.tolist():
+                name = None if last == block.idstr else block.idstr
+                last = block.idstr
+                at = slice(page * PAGE, (page + 1) * PAGE)
+                if source.random() < 0.4:
+                    body += zero_record(page * PAGE, name)
+                    memory[block.idstr][at] = bytes(PAGE)
+                else:
+                    data = source.bytes(PAGE)
+                    body += page_record(page * PAGE, data, name)
+                    memory[block.idstr][at] = data
+        sections.append(ram_section(2 if number < rounds - 1 else 3, body + word(EOS)))
+    tail = plain_tail(early=EARLY, devices=DEVICES, ram=b"".join(sections))
+    return plain_start(BLOCKS) + tail, {name: bytes(data) for name, data in memory.items()}
+
+
+@pytest.mark.parametrize("direct", ["required", "off"])
+@pytest.mark.parametrize("engine", ["io_uring", "pwrite"])
+def test_gives_the_last_of_each_page(tmp_path: Path, engine: str, direct: str) -> None:
+    stream, memory = random_stream(1)
+    path = tmp_path / "plain"
+    path.write_bytes(stream)
+    options = ReadOptions(engine=engine, direct=direct)  # type: ignore[arg-type]
+    with open_contents(path, options=options) as source:
+        assert source.kind == "plain"
+        assert source.configuration.capabilities == ("mapped-ram",)
+        assert collect(source) == memory
+        assert (
+            collect(source, [(0, 2)])["pc.ram"][2 * WINDOW_BYTES :][:WINDOW_BYTES]
+            == (memory["pc.ram"][2 * WINDOW_BYTES : 3 * WINDOW_BYTES])
+        )
+        stored = sum(
+            any(data[at : at + PAGE])
+            for data in memory.values()
+            for at in range(0, len(data), PAGE)
+        )
+        assert source.stored_bytes() == stored * PAGE
+        tail = source.device_state().tail
+        assert tail.index(b"early") < tail.index(b"\x02\x00\x00\x00\x01") < tail.index(b"cpu")
+
+
+@pytest.mark.parametrize("padding", range(0, PAGE, 509))
+def test_whatever_the_bytes_behind_the_last_whole_page(tmp_path: Path, padding: int) -> None:
+    # The stream's end moves over a page: pages in its last one are read by the other descriptor.
+    blocks = [PlainBlock(idstr="a", used_length=2 * PAGE)]
+    devices = [Device(body=b"\x33" * padding)]
+    body = zero_record(0, "a") + page_record(PAGE, b"\x44" * PAGE) + word(EOS)
+    stream = plain_start(blocks) + plain_tail(devices=devices, ram=ram_section(3, body))
+    (tmp_path / "plain").write_bytes(stream)
+    with open_contents(tmp_path / "plain", options=FAST) as source:
+        assert collect(source) == {"a": bytes(PAGE) + b"\x44" * PAGE}
+
+
+@pytest.mark.parametrize("base", [1, 4096, WINDOW_BYTES + 3])
+def test_reads_at_any_offset(tmp_path: Path, base: int) -> None:
+    stream, memory = random_stream(2, rounds=1)
+    (tmp_path / "plain").write_bytes(b"\xaa" * base + stream)
+    with open_contents(tmp_path / "plain", offset=base, options=FAST) as source:
+        assert collect(source) == memory
+
+
+def test_refuses_what_does_not_hold_the_guest(tmp_path: Path) -> None:
+    path = tmp_path / "plain"
+    blocks = [PlainBlock(idstr="a", used_length=PAGE)]
+    nothing = plain_tail(ram=ram_section(3, zero_record(0, "a") + word(EOS)))
+    for stream, message in (
+        (plain_start(blocks) + nothing, "not a single page"),
+        (plain_start(blocks, words=word(FLUSH) + word(EOS)) + nothing, "multifd"),
+        (plain_start(blocks)[:60], "is cut|vmdescription missing"),
+        (b"", "cut"),
+        (b"QEVM", "cut"),
+        (b"\x7fELF" + bytes(9000), "not a migration stream"),
+    ):
+        path.write_bytes(stream)
+        with pytest.raises(FormatError, match=message):
+            open_contents(path).close()
+    shared = [PlainBlock(idstr="a", used_length=PAGE, gpa=0)]
+    path.write_bytes(plain_start(shared, capabilities=["x-ignore-shared"]) + nothing)
+    with pytest.raises(FormatError, match="x-ignore-shared"):
+        open_contents(path)
+
+
+def test_a_huge_claim_costs_nothing(tmp_path: Path) -> None:
+    blocks = [PlainBlock(idstr="a", used_length=16 << 40)]
+    body = page_record(9 << 40, b"\x55" * PAGE, "a") + word(EOS)
+    stream = plain_start(blocks) + plain_tail(ram=ram_section(3, body))
+    (tmp_path / "plain").write_bytes(stream)
+    with open_contents(tmp_path / "plain") as source:
+        (read,) = source.windows([(0, (9 << 40) // WINDOW_BYTES)])
+        assert read.memory[:PAGE].tobytes() == b"\x55" * PAGE
+        assert read.data is not None
+        assert read.data.length.tolist() == [PAGE]
+
+
+def test_memory_does_not_grow_with_the_stream(tmp_path: Path) -> None:
+    stream, memory = random_stream(3, rounds=1)
+    (tmp_path / "plain").write_bytes(stream)
+    with open_contents(tmp_path / "plain", options=FAST) as source:
+        places = set()
+        for _ in range(3):
+            for read in source.windows(all_rows(source.blocks)):
+                places.add(read.memory.ctypes.data)
+        assert collect(source) == memory
+    assert len(places) <= 3 * 8
