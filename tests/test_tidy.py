@@ -33,6 +33,7 @@ PURE: Final = (
     "batch.journal",
     "batch.messages",
     "batch.admission",
+    "archive.retention",
 )
 IMPURE_IMPORTS: Final = frozenset(
     [

@@ -303,6 +303,8 @@ class Catalogue:
             yield
         except sqlite3.Error as error:
             self._fail(error)
+        except UnicodeDecodeError:  # of a message that quotes what is damaged
+            raise FormatError(f"{self.path}: the catalogue is damaged; {_CURE}") from None
 
     def _fail(self, error: sqlite3.Error) -> NoReturn:
         code = getattr(error, "sqlite_errorcode", None)
