@@ -62,10 +62,12 @@ IMPURE_IMPORTS: Final = frozenset(
 #: Who may import whom: a module may import what its part reaches through these edges, and its own
 #: part. A part is the longest prefix of the module's name (without the package) that stands here.
 ARROWS: Final[dict[str, tuple[str, ...]]] = {
-    "cli": ("batch", "verify", "qemu", "wire", "signals"),
-    "batch": ("archive", "verify", "qemu", "wire", "signals"),
+    "cli": ("bench", "batch", "verify", "qemu", "wire", "signals"),
+    "batch": ("profile", "archive", "verify", "qemu", "wire", "signals"),
     "archive": ("contents", "verify", "writer", "reader", "qemu"),
     "signals": (),
+    "bench": ("writer", "profile"),
+    "profile": ("storage",),
     "verify": ("writer", "reader"),
     "qemu": ("writer", "reader", "qemu.monitor"),
     "qemu.monitor": ("options",),

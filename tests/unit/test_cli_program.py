@@ -70,6 +70,11 @@ def test_done_is_0(image: Path) -> None:
     assert "no damage found" in done.out
 
 
+def test_small_blocks_are_taken(image: Path) -> None:
+    """Also below the default bridge, for which there is no option."""
+    assert uringmig("verify", image, "--block-size", "4K").code == 0
+
+
 def test_verify_without_a_manifest_is_1(own_image: Path) -> None:
     Path(f"{own_image}.manifest.json").unlink()
     done = uringmig("verify", own_image, "--json")
@@ -327,7 +332,7 @@ def test_completion_offers_commands_and_choices() -> None:
             PROGRAM, env=environment, capture_output=True, text=True, check=True
         ).stdout.split()
 
-    assert complete("uringmig ") == ["save", "load", "inspect", "verify"]
+    assert complete("uringmig ") == ["save", "load", "inspect", "verify", "bench"]
     assert complete("uringmig verify x --engine ") == ["auto", "io_uring", "pwrite"]
 
 

@@ -14,6 +14,7 @@ from typing import Annotated, Final, NoReturn
 
 import typer
 
+from uringmig.cli.bench import bench
 from uringmig.cli.inspect import inspect
 from uringmig.cli.load import load
 from uringmig.cli.output import Output
@@ -34,7 +35,7 @@ app: Final = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for _command in (save, load, inspect, verify):
+for _command in (save, load, inspect, verify, bench):
     app.command()(_command)
 
 

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, TextIO
 
+import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
@@ -258,4 +259,6 @@ def _plain(value: object) -> object:
         return {"error": str(value), "kind": type(value).__name__, **_fields_of(value)}
     if dataclasses.is_dataclass(value):
         return _plain_fields(value)
+    if isinstance(value, msgspec.Struct):
+        return msgspec.structs.asdict(value)
     return str(value)

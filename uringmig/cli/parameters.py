@@ -15,7 +15,7 @@ WRITE: Final = WriteOptions()
 READ: Final = ReadOptions()
 
 
-def _size(text: str | int) -> int:
+def size(text: str | int) -> int:
     """A size as text, or a default, as bytes."""
     try:
         return parse_size(str(text))
@@ -26,7 +26,7 @@ def _size(text: str | int) -> int:
 def _offset(text: str | int) -> int:
     """An offset, decimal or a size or hexadecimal as in QEMU's messages, as bytes."""
     try:
-        return int(text, 16) if isinstance(text, str) and text.startswith("0x") else _size(text)
+        return int(text, 16) if isinstance(text, str) and text.startswith("0x") else size(text)
     except ValueError:
         raise typer.BadParameter(f"not an offset: {text!r}") from None
 
@@ -50,7 +50,7 @@ BlockSize = Annotated[
     int,
     typer.Option(
         "--block-size",
-        parser=_size,
+        parser=size,
         metavar="SIZE",
         help="Largest request.",
         show_default=format_size(WRITE.block_size),
@@ -64,10 +64,26 @@ Rate = Annotated[
     int,
     typer.Option(
         "--rate",
-        parser=_size,
+        parser=size,
         metavar="SIZE",
         help="Limit in bytes per second over all channels.",
         show_default="none",
+    ),
+]
+Profile = Annotated[
+    bool,
+    typer.Option(
+        "--profile",
+        help="Use what `bench` found out about the place; options given here go before it.",
+    ),
+]
+ProfileFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--profile-file",
+        metavar="FILE",
+        help="As --profile, from this file.",
+        show_default="where bench writes",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="JSON lines on standard output.")]

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from uringmig.cli import parameters
+from uringmig.cli.profile import tuned
 from uringmig.cli.session import session_of
 from uringmig.options import WriteOptions
 from uringmig.qemu.monitor import Monitor
@@ -36,6 +37,8 @@ def save(
     manifest: Annotated[
         bool, typer.Option("--manifest/--no-manifest", help="Write digests beside the image.")
     ] = parameters.WRITE.manifest,
+    profile: parameters.Profile = False,
+    profile_file: parameters.ProfileFile = None,
     json: parameters.Json = False,
     quiet: parameters.Quiet = False,
     verbose: parameters.Verbose = False,
@@ -47,17 +50,20 @@ def save(
         channels=channels,
         depth=depth,
         block_size=block_size,
+        bridge=min(parameters.WRITE.bridge, block_size),  # no option, so it must not get in the way
         engine=engine,
         direct=direct,
         rate=rate,
         manifest=manifest,
     )
+    if profile or profile_file is not None:
+        options = tuned(context, output, options, where=out, file=profile_file)
     with Monitor(qmp) as monitor:
         done = save_shared(monitor, out, options=options, then=then, progress=session.progress)
     for note in done.notes:
         # A fallback that the options allow is a note; what else went amiss is a warning.
         (output.note if note in done.image.notes else output.warn)(note)
-    output.result("save", done, _lines(done, depth=depth, verbose=verbose))
+    output.result("save", done, _lines(done, depth=options.depth, verbose=verbose))
     raise typer.Exit(output.exit_code)
 
 

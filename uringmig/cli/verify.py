@@ -33,6 +33,7 @@ def verify(
         channels=channels,
         depth=depth,
         block_size=block_size,
+        bridge=min(parameters.READ.bridge, block_size),  # no option, so it must not get in the way
         engine=engine,
         direct=direct,
         rate=rate,

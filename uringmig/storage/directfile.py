@@ -58,21 +58,29 @@ class DirectFile:
     note: str | None = None
 
 
-def open_direct(path: str, operation: Operation, mode: DirectMode) -> DirectFile:
+def open_direct(
+    path: str, operation: Operation, mode: DirectMode, *, shown: str | None = None
+) -> DirectFile:
     """Open an existing file a second time, for its pages.
 
     When writing, the file must be empty or expendable from offset 0: one page of zeros is written
     there as a probe, before the file gets its size.
+
+    Args:
+        path: the file.
+        operation: what the descriptor is for.
+        mode: whether O_DIRECT is wanted.
+        shown: what messages call the file, if its path would tell nobody anything.
 
     Raises:
         StorageError: the file cannot be opened, or O_DIRECT is required and cannot be had.
     """
     access = os.O_RDONLY if operation is Operation.READ else os.O_WRONLY
     if mode == "off":
-        return DirectFile(_open(path, access), direct=False, alignment=BUFFERED_ALIGNMENT)
+        return DirectFile(_open(path, access, shown), direct=False, alignment=BUFFERED_ALIGNMENT)
     reason: str | None
     try:
-        fd = _open(path, access | os.O_DIRECT)
+        fd = _open(path, access | os.O_DIRECT, shown)
     except StorageError as error:
         if error.errno != errno.EINVAL:
             raise
@@ -90,11 +98,11 @@ def open_direct(path: str, operation: Operation, mode: DirectMode) -> DirectFile
     if mode == "required":
         raise StorageError(
             f"O_DIRECT is required, but {reason}",
-            path=path,
+            path=shown or path,
             cure="use a disk file system such as ext4, xfs or btrfs, or allow --direct preferred",
         )
-    note = f"{path}: no O_DIRECT ({reason}); going through the page cache"
-    return DirectFile(_open(path, access), False, BUFFERED_ALIGNMENT, note)
+    note = f"{shown or path}: no O_DIRECT ({reason}); going through the page cache"
+    return DirectFile(_open(path, access, shown), False, BUFFERED_ALIGNMENT, note)
 
 
 def adopt_direct(fd: int) -> DirectFile:
@@ -184,9 +192,9 @@ def _objection(fd: int, alignment: Alignment, operation: Operation) -> str | Non
     return None
 
 
-def _open(path: str, flags: int) -> int:
+def _open(path: str, flags: int, shown: str | None) -> int:
     """Open, with the path in the error."""
     try:
         return os.open(path, flags | os.O_CLOEXEC)
     except OSError as error:
-        raise StorageError("cannot open", errno=error.errno, path=path) from None
+        raise StorageError("cannot open", errno=error.errno, path=shown or path) from None

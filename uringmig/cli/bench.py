@@ -1,0 +1,113 @@
+"""``uringmig bench``: what a directory can do, in half a minute, and a profile for later saves."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from uringmig.bench.directory import BenchReport, Setting, bench_directory
+from uringmig.bench.race import Rate
+from uringmig.cli import parameters
+from uringmig.cli.session import session_of
+from uringmig.options import PAGE_SIZE
+from uringmig.profile import Entry, Measured, check_writable, default_file, store_entry
+from uringmig.units import MiB, format_size
+
+
+def bench(
+    context: typer.Context,
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="The directory to measure.", show_default=False)
+    ],
+    size: Annotated[
+        int,
+        typer.Option(
+            "--size",
+            parser=parameters.size,
+            metavar="SIZE",
+            help="Largest file written; it has no name and is gone at once.",
+            show_default=format_size(512 * MiB),
+        ),
+    ] = 512 * MiB,
+    seconds: Annotated[float, typer.Option("--seconds", help="About how long it may take.")] = 25.0,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="FILE",
+            help="The profile file, to which this place is added.",
+            show_default="uringmig/profiles.json in $XDG_CONFIG_HOME or ~/.config",
+        ),
+    ] = None,
+    engine: parameters.Engine = parameters.WRITE.engine,
+    direct: parameters.Direct = parameters.WRITE.direct,
+    json: parameters.Json = False,
+    quiet: parameters.Quiet = False,
+) -> None:
+    """Measure a directory: ceiling, best channels x depth x block size, direct or not."""
+    output = session_of(context, json=json, quiet=quiet, verbose=False).output
+    file = out or default_file()
+    check_writable(file)
+    with output.waiting(f"measuring {folder} for {seconds:.0f} s"):
+        report = bench_directory(folder, size=size, seconds=seconds, engine=engine, direct=direct)
+    store_entry(_entry(report), file)
+    for note in report.notes:
+        output.note(note)
+    output.result("bench", report, [*_lines(report), f"profile      {file}"])
+    raise typer.Exit(output.exit_code)
+
+
+def _entry(report: BenchReport) -> Entry:
+    """What of a report goes into the profile."""
+    return Entry(
+        place=report.place,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        settings=report.settings,
+        measured=Measured(
+            ceiling=report.ceiling.median,
+            rate=report.chosen.rate.median,
+            spread=report.chosen.rate.spread,
+            request_seconds=report.request_seconds,
+        ),
+    )
+
+
+def _lines(report: BenchReport) -> list[str]:
+    """The answer for people."""
+    share = report.chosen.rate.median / report.ceiling.median
+    direct = f"{'on' if report.direct else 'off'}"
+    if report.buffered is not None:
+        direct += f"; through the page cache {_rate(report.buffered)}"
+    page_seconds = PAGE_SIZE / report.sized.median
+    request_seconds = report.request_seconds
+    return [
+        f"{report.folder}: {report.place.filesystem} on {report.place.source}, engine "
+        f"{report.engine}, files of {format_size(report.file_bytes)}, "
+        f"{report.seconds:.0f} s, seed {report.seed}",
+        f"ceiling      {_rate(report.ceiling)}",
+        f"best         {_setting(report.best)}",
+        f"default      {_setting(report.default)}",
+        f"chosen       {_setting(report.chosen)}, {share:.0%} of the ceiling; "
+        f"{report.tried} tried, noise {report.noise:.0%}",
+        f"O_DIRECT     {direct}",
+        f"file         sized first {_rate(report.sized)}, extending {_rate(report.extending)}, "
+        f"fallocated {_rate(report.fallocated)}",
+        f"gaps         of up to {report.bridge_pages} pages are worth writing through: a request "
+        f"costs {request_seconds * 1e6:.1f} us, the bytes of a page {page_seconds * 1e6:.1f} us",
+    ]
+
+
+def _setting(setting: Setting) -> str:
+    """A setting and its rate."""
+    return (
+        f"{setting.channels} channels x {setting.depth} x {format_size(setting.block_size)}: "
+        f"{_rate(setting.rate)}"
+    )
+
+
+def _rate(rate: Rate) -> str:
+    """A rate, its spread and the rounds behind it."""
+    return f"{rate.median / 1e6:.0f} MB/s (spread {rate.spread:.0%} of {rate.rounds})"

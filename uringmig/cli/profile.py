@@ -1,0 +1,54 @@
+"""``--profile``: what `bench` found out about a place, between the defaults and what was asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final, TypeVar
+
+import typer
+
+from uringmig.cli.output import Output
+from uringmig.errors import StorageError
+from uringmig.options import TransferOptions
+from uringmig.profile import default_file, settings_for
+
+Options = TypeVar("Options", bound=TransferOptions)
+
+#: Click's word for a value that came from the default; everything else was asked for.
+_DEFAULT: Final = "DEFAULT"
+
+
+def tuned(
+    context: typer.Context, output: Output, options: Options, *, where: Path, file: Path | None
+) -> Options:
+    """Apply the profile of the place an image goes to.
+
+    Args:
+        context: of the command, whose parameters are called as the options are.
+        output: for a note if there is nothing to apply.
+        options: as made of the command line and the defaults.
+        where: the image's name.
+        file: the profile file; None is the default one.
+
+    Raises:
+        FormatError: the profile file is malformed.
+        StorageError: it, or the folder, cannot be looked at; or the named file is not there.
+    """
+    if file is not None and not file.exists():
+        raise StorageError("no such profile file", path=file, cure="`uringmig bench` writes one")
+    file = file or default_file()
+    settings = settings_for(where, file)
+    if settings is None:
+        output.note(
+            f"{file} has no profile of the place of {where}; the defaults are used "
+            f"(`uringmig bench {where.parent}` makes one)"
+        )
+        return options
+    return settings.apply_to(
+        options,
+        explicit={
+            name
+            for name in context.params
+            if (source := context.get_parameter_source(name)) and source.name != _DEFAULT
+        },
+    )

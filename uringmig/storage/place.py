@@ -1,0 +1,123 @@
+"""Which device and file system a folder is on, told so that it can be recognised later."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from uringmig.errors import StorageError
+
+_BLOCK_DEVICES: Final = "/sys/dev/block"
+_BY_ID: Final = "/dev/disk/by-id"
+
+
+class Place(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A device and the file system on it.
+
+    Attributes:
+        filesystem: its kind, as in ``/proc/mounts``.
+        device: ``major:minor``; of a file system without a device, the kernel's number for it.
+        source: what is mounted, such as ``/dev/vda1`` or ``server:/export``.
+        identity: what stays the same over a reboot: by-id link, serial number, or None.
+        model: as the device says, or None.
+    """
+
+    filesystem: str
+    device: str
+    source: str
+    identity: str | None = None
+    model: str | None = None
+
+    def matches(self, other: Place) -> bool:
+        """Say whether both are the same place; numbers count only where there is no identity."""
+        if self.filesystem != other.filesystem:
+            return False
+        if self.identity is not None and other.identity is not None:
+            return self.identity == other.identity
+        return (self.device, self.model) == (other.device, other.model)
+
+
+def place_of(folder: str) -> Place:
+    """Find out what a folder is on.
+
+    Raises:
+        StorageError: the folder cannot be opened, or the kernel does not tell.
+    """
+    try:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise StorageError("cannot open the folder", errno=error.errno, path=folder) from None
+    try:
+        device, filesystem, source = _mount_of(fd, folder)
+    finally:
+        os.close(fd)
+    # btrfs numbers its subvolumes by itself; the device is what was mounted.
+    try:
+        status = os.stat(source)
+    except OSError:
+        status = None
+    if status is None or not status.st_rdev:
+        return Place(filesystem=filesystem, device=device, source=source, identity=source)
+    device = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
+    return Place(
+        filesystem=filesystem,
+        device=device,
+        source=source,
+        identity=_identity(device),
+        model=_attribute(_disk(device), "device/model"),
+    )
+
+
+def _mount_of(fd: int, folder: str) -> tuple[str, str, str]:
+    """Find device number, kind and source of the mount that a descriptor is on (proc(5))."""
+    info = Path(f"/proc/self/fdinfo/{fd}").read_text()
+    number = re.search(r"^mnt_id:\s*(\d+)$", info, re.MULTILINE)
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        # id parent major:minor root point options [optional fields] - kind source options
+        before, _, after = line.partition(" - ")
+        fields = before.split()
+        if number is not None and fields[0] == number[1]:
+            kind, source = after.split(" ")[:2]
+            return fields[2], kind, _unescape(source)
+    raise StorageError("cannot tell which file system this is", path=folder)
+
+
+def _unescape(text: str) -> str:
+    """Undo the octal escapes of mountinfo."""
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
+
+
+def _disk(device: str) -> Path:
+    """The folder in /sys of the whole disk a block device is, or is a part of."""
+    folder = Path(_BLOCK_DEVICES, device).resolve()
+    return folder.parent if (folder / "partition").exists() else folder
+
+
+def _identity(device: str) -> str | None:
+    """What a block device is called by itself: by-id link, mapper id, or the disk's serial."""
+    name = Path(_BLOCK_DEVICES, device).resolve().name
+    links = Path(_BY_ID)
+    if links.is_dir():
+        for link in sorted(links.iterdir()):
+            if link.resolve().name == name:
+                return link.name
+    disk = _disk(device)
+    # The backing file says which loop device it is; its number is whichever was free.
+    for attribute in ("dm/uuid", "loop/backing_file", "wwid", "device/serial", "serial"):
+        value = _attribute(disk, attribute)
+        if value is not None:
+            part = _attribute(Path(_BLOCK_DEVICES, device), "partition")
+            return value if part is None else f"{value}-part{part}"
+    return None
+
+
+def _attribute(folder: Path, name: str) -> str | None:
+    """Read an attribute of /sys; None if there is none or it is empty."""
+    try:
+        return (folder / name).read_text(errors="replace").strip() or None
+    except OSError:
+        return None
