@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from uringmig.archive.catalogue import NAME as CATALOGUE_NAME
-from uringmig.archive.catalogue import Catalogue, Row, manifest_stamp
+from uringmig.archive.catalogue import Catalogue, Damage, Row, manifest_stamp
 from uringmig.archive.entry import (
     Entry,
     check_name,
@@ -162,6 +162,15 @@ class Archive:
                 return entry
         raise StateError(f"{self.path}: no entry {name!r} among its {len(entries)}")
 
+    def damage(self, name: str) -> list[Damage]:
+        """Places of an entry that verification found damaged; none where there is no catalogue.
+
+        Raises:
+            FormatError: the catalogue is damaged.
+            StorageError: it cannot be read.
+        """
+        return self.catalogue.damage(name) if self._has_catalogue() else []
+
     def latest_of(self, vm: str, *, tier: Tier | None = "hot") -> Entry | None:
         """The newest entry of a virtual machine that is not known to be damaged, or None."""
         found = [
@@ -234,17 +243,16 @@ class Archive:
 
     def _rows(self) -> list[Row]:
         """Rows of the catalogue; where it cannot be had, what the manifests say."""
-        if self.catalogue.exists:
-            try:
-                return self.catalogue.rows()
-            except StorageError:
-                # A folder that only root may write: SQLite's log cannot be opened there.
-                if os.access(self.path, os.W_OK):
-                    raise
+        if self._has_catalogue():
+            return self.catalogue.rows()
         problems: list[str] = []
         rows = read_rows(self.path, known={}, problems=problems)
         self.notes += [text for text in problems if text not in self.notes]
         return sorted(rows, key=lambda row: (row.entry.created_time, row.entry.name))
+
+    def _has_catalogue(self) -> bool:
+        """Say whether there is one that can be used: SQLite needs to write beside it."""
+        return self.catalogue.exists and os.access(self.path, os.W_OK)
 
     def _check_writable(self) -> None:
         if self._lock is None:

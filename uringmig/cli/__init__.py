@@ -14,6 +14,7 @@ from typing import Annotated, Final, NoReturn
 
 import typer
 
+from uringmig.cli.archive import app as archive_app
 from uringmig.cli.bench import bench
 from uringmig.cli.inspect import inspect
 from uringmig.cli.load import load
@@ -37,6 +38,7 @@ app: Final = typer.Typer(
 )
 for _command in (save, load, inspect, verify, bench):
     app.command()(_command)
+app.add_typer(archive_app)
 
 
 def _show_version(context: typer.Context, wanted: bool) -> None:

@@ -91,3 +91,11 @@ Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="No progress and no result; notes and errors remain.")
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="More of what was measured.")]
+ArchiveFolder = Annotated[
+    Path, typer.Argument(metavar="ARCHIVE", help="The archive's directory.", show_default=False)
+]
+EntryName = Annotated[str, typer.Argument(help="The entry's name.", show_default=False)]
+OnlyVm = Annotated[
+    str | None,
+    typer.Option("--vm", metavar="VM", help="Only entries of this VM.", show_default="all"),
+]

@@ -1,0 +1,127 @@
+"""The commands on an archive, as an operator meets them: what they say, and their exit codes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from archiveentries import add_entry
+from commandline import uringmig
+from smallguests import left_in
+
+from uringmig.archive.catalogue import Damage
+from uringmig.archive.directory import Archive
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A closed archive: three entries of one machine, one of another."""
+    with Archive.open(tmp_path / "a", write=True) as archive:
+        for number in (1, 2, 3):
+            add_entry(archive, f"web1-{number}", created=f"2026-01-0{number}T03:00:00+00:00")
+        add_entry(archive, "db1", vm="db1", created="2026-01-02T04:00:00+00:00")
+    return tmp_path / "a"
+
+
+def test_list_is_a_table_and_json(folder: Path) -> None:
+    done = uringmig("archive", "list", folder)
+    assert done.code == 0
+    title, *rows, last = done.out.splitlines()
+    assert title.split() == ["NAME", "VM", "TIER", "CREATED", "MEMORY", "FILE", "STATE"]
+    assert [row.split()[0] for row in rows] == ["web1-1", "web1-2", "db1", "web1-3"]
+    assert last.startswith("4 entries")
+    [result] = uringmig("archive", "list", folder, "--vm", "db1", "--json").events()
+    assert (result["command"], result["exit_code"]) == ("archive list", 0)
+    [entry] = result["entries"]
+    assert (entry["name"], entry["tier"], entry["image"]) == ("db1", "hot", f"{folder}/db1.mig")
+    assert uringmig("archive", "list", folder, "--names", "--vm", "db1").out == "db1\n"
+
+
+def test_empty_and_missing_archives(tmp_path: Path) -> None:
+    Archive.open(tmp_path / "a", write=True).close()
+    assert uringmig("archive", "list", tmp_path / "a").out == f"{tmp_path}/a: no entries\n"
+    missing = uringmig("archive", "list", tmp_path / "b")
+    assert (missing.code, missing.out) == (2, "")
+    assert missing.err == f"uringmig: {tmp_path}/b: no archive: there is no such folder\n"
+
+
+def test_show_tells_where_an_entry_is_damaged(folder: Path) -> None:
+    with Archive.open(folder, write=True) as archive:
+        at = "2026-02-01T00:00:00+00:00"
+        archive.catalogue.put_damage("db1", [Damage(1, "ramblock 'pc.ram': chunk 1 differs", at)])
+    done = uringmig("archive", "show", folder, "db1")
+    assert done.code == 0
+    assert "source    mapped-ram /var/web1.mig" in done.out
+    assert "state     damaged" in done.out
+    assert done.out.endswith("damaged: ramblock 'pc.ram': chunk 1 differs\n")
+    [result] = uringmig("archive", "show", folder, "db1", "--json").events()
+    assert result["damage"] == [
+        {"chunk": 1, "text": "ramblock 'pc.ram': chunk 1 differs", "found_at": at}
+    ]
+    assert result["entry"]["damaged_chunks"] == 1
+    nobody = uringmig("archive", "show", folder, "nobody")
+    assert (nobody.code, nobody.err.count("\n")) == (2, 1)
+
+
+def test_prune_is_dry_unless_asked(folder: Path) -> None:
+    before = left_in(folder)
+    dry = uringmig("archive", "prune", folder, "--keep-last", 1)
+    assert dry.code == 0
+    decided = [line.split("  ")[:2] for line in dry.out.splitlines()[:-1]]
+    assert [[word.strip() for word in words if word] for words in decided] == [
+        ["to remove", "web1-1"], ["to remove", "web1-2"], ["keep"], ["keep"]
+    ]  # fmt: skip
+    assert "nothing was removed, --delete does it" in dry.out
+    assert left_in(folder) == before
+    done = uringmig("archive", "prune", folder, "--keep-last", 1, "--delete", "--json")
+    assert done.code == 0
+    assert done.result()["removed"] is True
+    assert {one["entry"]["name"] for one in done.result()["decisions"] if not one["reasons"]} == {
+        "web1-1", "web1-2"
+    }  # fmt: skip
+    assert uringmig("archive", "list", folder, "--names").out == "db1\nweb1-3\n"
+    assert not list(folder.glob("web1-1*"))
+
+
+@pytest.mark.parametrize(
+    "options", [[], ["--keep-last", 0], ["--keep-last", -1], ["--keep-daily", "x"]]
+)
+def test_prune_without_a_rule_is_refused(folder: Path, options: list[object]) -> None:
+    before = left_in(folder)
+    done = uringmig("archive", "prune", folder, "--delete", *options)
+    assert done.code == 2
+    assert [name for name in left_in(folder) if name != ".lock"] == [
+        n for n in before if n != ".lock"
+    ]
+
+
+def test_second_writer_is_refused_in_one_line(folder: Path) -> None:
+    with Archive.open(folder, write=True):
+        done = uringmig("archive", "prune", folder, "--keep-last", 1, "--delete")
+        assert done.code == 5
+        assert "is being written by another process" in done.err
+        assert uringmig("archive", "list", folder).code == 0
+        assert uringmig("archive", "prune", folder, "--keep-last", 1).code == 0, "dry: a reader"
+
+
+def test_damaged_catalogue_is_told_and_reindexed(folder: Path) -> None:
+    (folder / "catalogue.sqlite").write_bytes(b"rot" * 10_000)
+    for command in (["list"], ["show", "db1"], ["prune", "--keep-last", 1, "--delete"]):
+        name, *rest = command
+        done = uringmig("archive", name, folder, *rest)
+        assert done.code == 3
+        assert "`uringmig archive reindex` makes a new one from the manifests" in done.err
+        assert done.err.count("\n") == 1
+    done = uringmig("archive", "reindex", folder)
+    assert (done.code, done.err) == (0, "")
+    assert "4 entries in the catalogue, 0 files that are none" in done.out
+    assert uringmig("archive", "list", folder, "--names").out == "web1-1\nweb1-2\ndb1\nweb1-3\n"
+
+
+def test_what_is_no_entry_is_a_warning_of_reindex(folder: Path) -> None:
+    (folder / "db1.mig.manifest.json").write_text("{}")
+    done = uringmig("archive", "reindex", folder, "--json")
+    assert done.code == 1
+    [warning] = done.result()["warnings"]
+    assert warning.startswith(f"{folder}/db1.mig.manifest.json: no manifest of an archive's entry")
+    assert done.result()["entries"] == 3

@@ -1,0 +1,29 @@
+"""``uringmig archive reindex``: the catalogue made anew from the manifests."""
+
+from __future__ import annotations
+
+import typer
+
+from uringmig.archive.directory import reindex as reindex_archive
+from uringmig.cli import parameters
+from uringmig.cli.session import session_of
+
+
+def reindex(
+    context: typer.Context,
+    archive: parameters.ArchiveFolder,
+    json: parameters.Json = False,
+    quiet: parameters.Quiet = False,
+    verbose: parameters.Verbose = False,
+) -> None:
+    """Make an archive's catalogue anew from its manifests alone; the old one may be damaged."""
+    output = session_of(context, json=json, quiet=quiet, verbose=verbose).output
+    report = reindex_archive(archive)
+    for problem in report.problems:
+        output.warn(problem)
+    lines = [
+        f"{report.path}: {report.entries} entries in the catalogue, {len(report.problems)} files "
+        f"that are none; {report.kept_verification} keep what verification had found"
+    ]
+    output.result("archive reindex", report, lines)
+    raise typer.Exit(output.exit_code)
