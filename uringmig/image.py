@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from uringmig.digest import StreamDigest
 from uringmig.errors import FormatError
-from uringmig.format.constants import TAIL_BYTES_MAX
+from uringmig.format.constants import TAIL_BYTES_MAX, VMDESCRIPTION_BYTES_MAX
+from uringmig.format.cursor import BE32
 from uringmig.format.device_state import DeviceState
 from uringmig.format.events import (
     ConfigurationRead,
@@ -26,6 +27,7 @@ from uringmig.format.events import (
 from uringmig.format.headers import Configuration
 from uringmig.format.layout import BlockLayout
 from uringmig.format.mainstream import MainStreamReader
+from uringmig.format.vmdescription import VmDescription, find_vmdescription
 from uringmig.pages import bitmap
 from uringmig.storage.mainfile import READ_BYTES, MainFile
 from uringmig.units import MiB, TiB
@@ -33,6 +35,9 @@ from uringmig.units import MiB, TiB
 #: Bytes outside page areas and bitmaps that an image may have: padding of 1 MiB a block, and more.
 _STREAM_BYTES_MAX: Final = TAIL_BYTES_MAX + 4096 * MiB
 _PIECE_BYTES: Final = MiB
+#: Where the vmdescription is looked for first, and the factor from look to look; it has 100 KiB.
+_DESCRIPTION_LOOK: Final = MiB
+_DESCRIPTION_LOOK_GROWTH: Final = 8
 #: Largest guest whose image is read: its bitmaps, held in memory, are 1 GiB then. Far beyond
 #: QEMU's hosts of today, and it keeps a sparse file's claims in proportion.
 MEMORY_BYTES_MAX: Final = 32 * TiB
@@ -82,6 +87,36 @@ def parse_image(file: MainFile, *, base: int = 0) -> ParsedImage:
     tail_length = reader.offset - reader.tail_offset
     image.device_state = DeviceState(file.read_at(reader.tail_offset, tail_length))
     return image
+
+
+def read_description(file: MainFile, *, base: int = 0) -> VmDescription:
+    """Find the vmdescription that ends a file; with it at hand a stream is read in one go.
+
+    Args:
+        file: a file that ends with a stream.
+        base: where the stream begins.
+
+    Raises:
+        FormatError: the file does not end with one.
+        StorageError: it cannot be read.
+    """
+    size = file.size
+    head = 1 + BE32.size
+    most = min(size - base, head + VMDESCRIPTION_BYTES_MAX)
+    look = _DESCRIPTION_LOOK
+    while True:
+        start = max(base, size - look)
+        tail = file.read_at(start, size - start)
+        place = find_vmdescription(tail)
+        if place is not None:
+            return VmDescription.parse(tail[place + head :], at=start + place + head)
+        if look >= most:
+            raise FormatError(
+                "vmdescription missing, cut, or followed by other bytes",
+                offset=size,
+                expected="one that ends here",
+            )
+        look = min(most, look * _DESCRIPTION_LOOK_GROWTH)
 
 
 def read_bitmap(file: MainFile, block: BlockLayout) -> NDArray[np.uint8]:

@@ -33,9 +33,7 @@ from uringmig.format.constants import (
     CAPABILITY_MAPPED_RAM,
     QEMU_VM_SECTION_END,
     TAIL_BYTES_MAX,
-    VMDESCRIPTION_BYTES_MAX,
 )
-from uringmig.format.cursor import BE32
 from uringmig.format.device_state import DeviceState
 from uringmig.format.events import (
     ConfigurationRead,
@@ -51,8 +49,7 @@ from uringmig.format.headers import Configuration, at_most
 from uringmig.format.mainstream import MainStreamReader
 from uringmig.format.plainrecords import ABSENT, PageIndex
 from uringmig.format.plainstream import read_opening
-from uringmig.format.vmdescription import VmDescription, find_vmdescription
-from uringmig.image import MEMORY_BYTES_MAX
+from uringmig.image import MEMORY_BYTES_MAX, read_description
 from uringmig.iobatch import IoPlan
 from uringmig.options import PAGE_SIZE, WINDOW_BYTES, ReadOptions
 from uringmig.pages.runs import PageRuns
@@ -60,15 +57,12 @@ from uringmig.plan import Window, plan_runs, windows_of
 from uringmig.storage.choice import choose_engine
 from uringmig.storage.directfile import open_direct
 from uringmig.storage.engine import Operation
-from uringmig.storage.mainfile import READ_BYTES, MainFile, open_for_reading
-from uringmig.units import MiB, align_down
+from uringmig.storage.mainfile import READ_BYTES, open_for_reading
+from uringmig.units import align_down
 
 _WINDOW_PAGES: Final = WINDOW_BYTES // PAGE_SIZE
 #: Any 4 KiB of a file touch at most two of its 4-KiB pages.
 _STAGING_BYTES: Final = 2 * WINDOW_BYTES
-#: Where the vmdescription is looked for first; it has some 100 KiB.
-_DESCRIPTION_LOOK: Final = MiB
-_DESCRIPTION_LOOK_GROWTH: Final = 8
 
 
 @dataclass(slots=True)
@@ -283,7 +277,7 @@ class PlainFileContents:
         if read_opening(self._main.read_at(self._base, READ_BYTES), at=self._base).mapped_ram:
             raise FormatError("not a plain migration stream but mapped-ram", offset=self._base)
         reader = MainStreamReader(base=self._base, file_size=size, index=self._index)
-        reader.set_description(_find_description(self._main, self._base, size))
+        reader.set_description(read_description(self._main, base=self._base))
         windows = windows_of([self._whole_bytes // PAGE_SIZE], window_pages=_WINDOW_PAGES)
         filler = _InOrder(self._options.block_size)
         windows = windows[self._base // WINDOW_BYTES :]
@@ -328,26 +322,6 @@ def _feed(reader: MainStreamReader, data: memoryview, stream: PlainStream) -> No
     reader.feed(data)
     for event in reader.events():
         stream.note(event)
-
-
-def _find_description(file: MainFile, base: int, size: int) -> VmDescription:
-    """Find the vmdescription, which is the last thing of a stream and tells how to read it."""
-    head = 1 + BE32.size
-    most = head + VMDESCRIPTION_BYTES_MAX
-    look = _DESCRIPTION_LOOK
-    while True:
-        start = max(base, size - look)
-        tail = file.read_at(start, size - start)
-        place = find_vmdescription(tail)
-        if place is not None:
-            return VmDescription.parse(tail[place + head :], at=start + place + head)
-        if look >= min(most, size - base):
-            raise FormatError(
-                "vmdescription missing, cut, or followed by other bytes",
-                offset=size,
-                expected="one that ends here",
-            )
-        look = min(most, look * _DESCRIPTION_LOOK_GROWTH)
 
 
 def _touched(places: NDArray[np.int64]) -> NDArray[np.int64]:

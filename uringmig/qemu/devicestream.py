@@ -1,4 +1,4 @@
-"""A plain migration stream received from a QEMU with x-ignore-shared: small and whole.
+"""A plain migration stream of a QEMU with x-ignore-shared, by socket or file: small and whole.
 
 It holds the device state and the pages of private blocks (video RAM, ROMs); the shared blocks are
 only listed. QEMU sends every page of a private block at least once, so a block of which a page
@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from uringmig.errors import PeerError
+from uringmig.errors import FormatError, MismatchError, PeerError, UringmigError
 from uringmig.format.constants import QEMU_VM_SECTION_END, QEMU_VM_SECTION_START
 from uringmig.format.device_state import DeviceState
 from uringmig.format.events import (
@@ -32,8 +32,10 @@ from uringmig.format.events import (
 )
 from uringmig.format.headers import Configuration
 from uringmig.format.mainstream import MainStreamReader
+from uringmig.image import read_description
 from uringmig.options import PAGE_SIZE
 from uringmig.storage.buffers import aligned_buffer
+from uringmig.storage.mainfile import MainFile
 from uringmig.units import MiB
 
 #: Private blocks held in memory here, in all: video RAM is 16 MiB, a qxl card's 128 MiB.
@@ -78,7 +80,7 @@ class DeviceStream:
 
 def receive(
     connection: socket.socket,
-    shared: dict[str, int],
+    shared: Mapping[str, int | None],
     *,
     on_setup: Callable[[DeviceStream], None],
 ) -> DeviceStream:
@@ -93,7 +95,7 @@ def receive(
         PeerError: the source fell silent or went away, or sends what must not be sent.
         FormatError: the stream breaks a rule of the format.
     """
-    stream = DeviceStream()
+    collector = _Collector(shared, PeerError, on_setup)
     reader = MainStreamReader()
     connection.settimeout(SILENCE_SECONDS)
     while not reader.finished:
@@ -111,70 +113,121 @@ def receive(
             if description is not None:
                 reader.set_description(description)
         for event in reader.events():
-            _take(event, stream, shared)
-            if isinstance(event, RamSectionEnded):
-                if event.section_type == QEMU_VM_SECTION_START:
-                    on_setup(stream)
-                elif event.section_type == QEMU_VM_SECTION_END:
+            collector.take(event)
+    return collector.whole()
+
+
+def read_device_state(file: MainFile, shared: Mapping[str, int | None]) -> DeviceStream:
+    """Read a stream that a QEMU with x-ignore-shared wrote to a file.
+
+    Args:
+        file: the stream, from its first byte to its last.
+        shared: idstr of the blocks that are not in it, and their size in bytes if it is known.
+
+    Raises:
+        FormatError: the file breaks a rule of the format, or was not saved with x-ignore-shared.
+        MismatchError: it does not go with the shared blocks.
+        StorageError: it cannot be read.
+    """
+    collector = _Collector(shared, MismatchError, lambda _: None)
+    reader = MainStreamReader(file_size=file.size)
+    reader.set_description(read_description(file))
+    while not reader.finished:
+        data = file.read_at(reader.offset, _RECEIVE_BYTES)
+        if data:
+            reader.feed(data)
+        else:
+            reader.end_of_input()
+        for event in reader.events():
+            collector.take(event)
+            if isinstance(event, ConfigurationRead) and not event.configuration.ignore_shared:
+                raise FormatError(
+                    f"{file.path}: device state saved without x-ignore-shared", offset=event.offset
+                )
+    return collector.whole()
+
+
+class _Collector:
+    """Makes a `DeviceStream` of events; ``refuse`` makes the error for what does not go together.
+
+    A size of None in ``shared`` is whatever the stream says.
+    """
+
+    def __init__(
+        self,
+        shared: Mapping[str, int | None],
+        refuse: Callable[[str], UringmigError],
+        on_setup: Callable[[DeviceStream], None],
+    ) -> None:
+        self._shared = shared
+        self._refuse = refuse
+        self._on_setup = on_setup
+        self._stream = DeviceStream()
+
+    def take(self, event: Event) -> None:
+        """Keep what one event brings."""
+        stream = self._stream
+        match event:
+            case ConfigurationRead(configuration=configuration):
+                stream.configuration = configuration
+            case RamStarted(section_id=section_id):
+                stream.section_id = section_id
+            case RamBlockRead():
+                self._add_block(event)
+            case RamPage() | RamZero():
+                self._store(event)
+            case RamSectionEnded(section_type=section_type):
+                if section_type == QEMU_VM_SECTION_START:
+                    self._on_setup(stream)
+                elif section_type == QEMU_VM_SECTION_END:
                     stream.stopped_at = time.monotonic()
-    _check_whole(stream)
-    return stream
+            case FullSection(raw=raw):
+                # Before the end of RAM come the devices with early set-up, virtio-mem for one.
+                (stream.early if stream.stopped_at is None else stream.full).append(raw)
+            case DescriptionRead(description=description):
+                stream.vmdescription = description.raw
 
+    def whole(self) -> DeviceStream:
+        """The stream, unless a page of a private block never came."""
+        for idstr, block in self._stream.private.items():
+            missing = np.flatnonzero(~block.seen)
+            if missing.size:
+                raise self._refuse(
+                    f"QEMU sent {int(block.seen.sum())} of {len(block.seen)} pages of ramblock "
+                    f"{idstr!r}, and it is no shared file known here"
+                )
+        return self._stream
 
-def _take(event: Event, stream: DeviceStream, shared: dict[str, int]) -> None:
-    """Keep what one event brings."""
-    match event:
-        case ConfigurationRead(configuration=configuration):
-            stream.configuration = configuration
-        case RamStarted(section_id=section_id):
-            stream.section_id = section_id
-        case RamBlockRead():
-            _add_block(event, stream, shared)
-        case RamPage() | RamZero():
-            block = stream.private.get(event.idstr)
-            if block is None:
-                raise PeerError(f"QEMU sends pages of {event.idstr!r} though it is shared memory")
-            place = slice(event.page_offset, event.page_offset + PAGE_SIZE)
-            block.memory[place] = (
-                np.frombuffer(event.data, np.uint8) if isinstance(event, RamPage) else 0
-            )
-            block.seen[event.page_offset // PAGE_SIZE] = True
-        case FullSection(raw=raw):
-            # Before the end of RAM come the devices with early set-up, virtio-mem for one.
-            (stream.early if stream.stopped_at is None else stream.full).append(raw)
-        case DescriptionRead(description=description):
-            stream.vmdescription = description.raw
-
-
-def _add_block(event: RamBlockRead, stream: DeviceStream, shared: dict[str, int]) -> None:
-    """Note one block, and make room for it if it comes by the stream."""
-    stream.blocks.append((event.idstr, event.used_length))
-    size = shared.get(event.idstr)
-    if size is not None:
-        if size != event.used_length:
-            raise PeerError(
-                f"ramblock {event.idstr!r} has {event.used_length} bytes in the stream, "
-                f"but its backend has {size}"
-            )
-        return
-    held = sum(len(block.memory) for block in stream.private.values())
-    if held + event.used_length > PRIVATE_BYTES_MAX:
-        raise PeerError(
-            f"ramblock {event.idstr!r} ({event.used_length >> 20} MiB) is not shared memory; "
-            "give the VM memory-backend-file,share=on"
+    def _store(self, event: RamPage | RamZero) -> None:
+        """Put a page of a private block where it belongs."""
+        block = self._stream.private.get(event.idstr)
+        if block is None:
+            raise self._refuse(f"QEMU sends pages of {event.idstr!r} though it is shared memory")
+        place = slice(event.page_offset, event.page_offset + PAGE_SIZE)
+        block.memory[place] = (
+            np.frombuffer(event.data, np.uint8) if isinstance(event, RamPage) else 0
         )
-    stream.private[event.idstr] = PrivateBlock(
-        memory=aligned_buffer(event.used_length),
-        seen=np.zeros(event.used_length // PAGE_SIZE, np.bool_),
-    )
+        block.seen[event.page_offset // PAGE_SIZE] = True
 
-
-def _check_whole(stream: DeviceStream) -> None:
-    """Refuse a private block of which a page never came."""
-    for idstr, block in stream.private.items():
-        missing = np.flatnonzero(~block.seen)
-        if missing.size:
-            raise PeerError(
-                f"QEMU sent {int(block.seen.sum())} of {len(block.seen)} pages of ramblock "
-                f"{idstr!r}, and it is no shared file known here"
+    def _add_block(self, event: RamBlockRead) -> None:
+        """Note one block, and make room for it if it comes by the stream."""
+        stream = self._stream
+        stream.blocks.append((event.idstr, event.used_length))
+        if event.idstr in self._shared:
+            size = self._shared[event.idstr]
+            if size is not None and size != event.used_length:
+                raise self._refuse(
+                    f"ramblock {event.idstr!r} has {event.used_length} bytes in the stream, "
+                    f"but its backend has {size}"
+                )
+            return
+        held = sum(len(block.memory) for block in stream.private.values())
+        if held + event.used_length > PRIVATE_BYTES_MAX:
+            raise self._refuse(
+                f"ramblock {event.idstr!r} ({event.used_length >> 20} MiB) is not shared memory; "
+                "give the VM memory-backend-file,share=on"
             )
+        stream.private[event.idstr] = PrivateBlock(
+            memory=aligned_buffer(event.used_length),
+            seen=np.zeros(event.used_length // PAGE_SIZE, np.bool_),
+        )
