@@ -48,6 +48,11 @@ def sparse_digest(memory: NDArray[np.uint8], start: list[int], length: list[int]
     return state.digest()
 
 
+def bytes_digest(data: bytes | memoryview) -> bytes:
+    """Digest of any bytes; the GIL is released meanwhile."""
+    return xxhash.xxh3_128_digest(data)
+
+
 def content_digest(
     *, machine: str, blocks: Iterable[tuple[str, int, Sequence[bytes]]], device_state: bytes
 ) -> str:

@@ -5,7 +5,7 @@ Optional: stock QEMU loads the image with or without it. `verify` reads it.
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, TypeVar
 
 import msgspec
 
@@ -16,6 +16,7 @@ from uringmig.units import MiB
 
 SUFFIX: Final = ".manifest.json"
 FORMAT: Final = "uringmig-manifest"
+COLD_FORMAT: Final = "uringmig-cold-manifest"
 VERSION: Final = 1
 #: 64 TiB of RAM give 16 Mi windows of 35 bytes: no honest manifest is larger.
 BYTES_MAX: Final = 600 * MiB
@@ -107,23 +108,91 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     archive: ArchiveFields | msgspec.UnsetType = msgspec.UNSET
 
 
-def encode(manifest: Manifest) -> bytes:
+class ColdManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The sidecar of a cold image; sizes in bytes, times in seconds.
+
+    The digests of windows and frames are in the image's own index; ``index_digest`` covers it.
+
+    Attributes:
+        level: of the compression.
+        frames: in the image; a window without data has none.
+        frame_bytes: of all frames, compressed.
+    """
+
+    format: str = COLD_FORMAT
+    version: int = VERSION
+    created: str
+    writer: str
+    machine: str
+    file_size: int
+    digest: str = digest.ALGORITHM
+    digest_bytes: int = WINDOW_BYTES
+    index_digest: str
+    level: int
+    frames: int
+    frame_bytes: int
+    settings: Settings
+    seconds: dict[str, float]
+    notes: list[str]
+    archive: ArchiveFields
+
+
+class _AnyFormat(msgspec.Struct):
+    """What tells the two kinds of manifest apart."""
+
+    format: str
+
+
+ArchiveManifest = Manifest | ColdManifest
+_Struct = TypeVar("_Struct", bound=msgspec.Struct)
+_Manifest = TypeVar("_Manifest", Manifest, ColdManifest)
+
+
+def encode(manifest: ArchiveManifest) -> bytes:
     """Write a manifest as indented JSON."""
     return msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n"
 
 
 def decode(data: bytes) -> Manifest:
-    """Read a manifest.
+    """Read the manifest of a mapped-ram image.
 
     Raises:
         FormatError: it is not JSON, lacks a field, or is of another format, version or digest.
     """
+    return _checked(_structure(data, Manifest), FORMAT)
+
+
+def decode_cold(data: bytes) -> ColdManifest:
+    """Read the manifest of a cold image.
+
+    Raises:
+        FormatError: as for `decode`.
+    """
+    return _checked(_structure(data, ColdManifest), COLD_FORMAT)
+
+
+def decode_any(data: bytes) -> ArchiveManifest:
+    """Read the manifest of an image of either tier.
+
+    Raises:
+        FormatError: as for `decode`.
+    """
+    cold = _structure(data, _AnyFormat).format == COLD_FORMAT
+    return decode_cold(data) if cold else decode(data)
+
+
+def _structure(data: bytes, kind: type[_Struct]) -> _Struct:
+    """Decode JSON as a structure."""
     try:
-        manifest = msgspec.json.decode(data, type=Manifest)
+        return msgspec.json.decode(data, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise FormatError(f"manifest: {error}") from None
+
+
+def _checked(manifest: _Manifest, format_name: str) -> _Manifest:
+    """Check what has only one value."""
     for name, expected in (
-        ("format", FORMAT),
+        ("format", format_name),
         ("version", VERSION),
         ("digest", digest.ALGORITHM),
         ("digest_bytes", WINDOW_BYTES),

@@ -7,6 +7,7 @@ description, so one description cannot serve both.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 from collections.abc import Iterator
@@ -16,6 +17,9 @@ from uringmig.errors import StorageError
 
 #: Least bytes a read asks for while the stream's length is unknown.
 READ_BYTES: Final = 64 * 1024
+#: linux/falloc.h.
+_FALLOC_FL_KEEP_SIZE: Final = 0x1
+_FALLOC_FL_PUNCH_HOLE: Final = 0x2
 
 
 class MainFile:
@@ -29,6 +33,11 @@ class MainFile:
     def size(self) -> int:
         """Length of the file in bytes."""
         return os.fstat(self.fd).st_size
+
+    @property
+    def allocated(self) -> int:
+        """Bytes that the file system has allocated for it; a hole counts nothing."""
+        return os.fstat(self.fd).st_blocks * 512
 
     def write_at(self, offset: int, data: bytes | memoryview) -> None:
         """Write all of ``data`` at ``offset``; a short count goes on where it stopped.
@@ -103,6 +112,16 @@ class MainFile:
             raise StorageError(
                 f"cannot make the file {size} bytes long", errno=error.errno, path=self.path
             ) from None
+
+    def punch_hole(self, offset: int, length: int) -> None:
+        """Free the blocks of a range whose bytes nobody needs; its bytes are zero afterwards.
+
+        Only an offer: a file system that cannot keeps them.
+        """
+        fallocate = ctypes.CDLL(None).fallocate64
+        fallocate.restype = ctypes.c_int
+        fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+        fallocate(self.fd, _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE, offset, length)
 
     def sync(self) -> None:
         """Make data and size durable; O_DIRECT data may still lie in the device's own cache.

@@ -28,18 +28,23 @@ _MODE: Final = 0o600
 class Publication:
     """One file on its way to its final name.
 
+    Args:
+        path: the final name.
+        sidecar: suffix of the sidecar's name.
+        keep: what a killed writer left in the partial file stays there, for the caller to judge.
+
     Raises:
         StateError: the name cannot be a file's.
         StorageError: the partial file cannot be made, or another writer holds it.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, sidecar: str) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, sidecar: str, keep: bool = False) -> None:
         self.path = os.path.abspath(os.fspath(path))
         self.partial_path = self.path + PARTIAL
         self.sidecar_path = self.path + sidecar
         _check_name(self.path)
         #: The buffered descriptor of the partial file; it also holds the lock.
-        self.main = MainFile(_create_locked(self.partial_path), self.partial_path)
+        self.main = MainFile(_create_locked(self.partial_path, keep), self.partial_path)
         self._open = True
 
     def publish(self, sidecar: bytes | None) -> None:
@@ -98,8 +103,8 @@ def _check_name(path: str) -> None:
         raise StateError(f"{path}: exists and is not a regular file")
 
 
-def _create_locked(path: str) -> int:
-    """Create or take over the partial file, empty and locked."""
+def _create_locked(path: str, keep: bool) -> int:
+    """Create or take over the partial file, locked, and empty unless asked to keep it."""
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
     while True:
         try:
@@ -111,7 +116,8 @@ def _create_locked(path: str) -> int:
             # Between open and lock its former owner may have renamed it: then it is not ours.
             if _same_file(fd, path):
                 os.fchmod(fd, _MODE)
-                os.ftruncate(fd, 0)
+                if not keep:
+                    os.ftruncate(fd, 0)
                 return fd
         except OSError as error:
             os.close(fd)

@@ -7,9 +7,10 @@ stream. No flag is ever toggled and nothing is dup'ed.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Protocol
 
-from uringmig.options import DirectMode
+from uringmig.options import PAGE_SIZE, DirectMode
 from uringmig.storage.directfile import DirectFile, adopt_direct, check_pair, open_direct
 from uringmig.storage.engine import Operation
 from uringmig.storage.mainfile import MainFile
@@ -33,20 +34,40 @@ class Target(Protocol):
 class NamedTarget:
     """A path: written as ``NAME.partial``, renamed when it is whole and durable.
 
+    Args:
+        path: the final name.
+        mode: O_DIRECT or not, for the pages.
+        sidecar_suffix: of the manifest's name.
+        keep: asked, before anything else, whether a partial file that was there is of use; it
+            then stays as it is but for its first page, which is zeroed.
+
     Raises:
         StateError: the name is taken by something that is not a file.
         StorageError: it cannot be created, or O_DIRECT is required and cannot be had.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], *, mode: DirectMode, sidecar_suffix: str
+        self,
+        path: str | os.PathLike[str],
+        *,
+        mode: DirectMode,
+        sidecar_suffix: str,
+        keep: Callable[[MainFile], bool] | None = None,
     ) -> None:
-        self._publication = Publication(path, sidecar=sidecar_suffix)
+        self._publication = Publication(path, sidecar=sidecar_suffix, keep=keep is not None)
         self.path = self._publication.path
         self.main = self._publication.main
+        self.partial_path = self._publication.partial_path
         try:
-            self.direct = open_direct(self._publication.partial_path, Operation.WRITE, mode)
-            self.main.set_size(0)  # the probe left a page
+            #: Whether there was a partial file of use, which was kept.
+            self.kept = keep is not None and keep(self.main)
+            if not self.kept:
+                self.main.set_size(0)
+            self.direct = open_direct(self.partial_path, Operation.WRITE, mode)
+            if self.kept:
+                self.main.write_at(0, bytes(PAGE_SIZE))
+            else:
+                self.main.set_size(0)  # the probe left a page
         except BaseException:
             self._publication.discard()
             raise

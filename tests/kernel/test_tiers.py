@@ -1,0 +1,159 @@
+"""Both tiers on a real disk: there and back again, each end judged by the independent reader."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+from smallguests import (
+    MIB,
+    OPTIONS,
+    PWRITE,
+    RING,
+    check_image,
+    copy_of,
+    left_in,
+    make_guest,
+    ramblocks_of,
+)
+
+from uringmig import MappedRamWriter, MismatchError, StateError, verify
+from uringmig.archive.cold import open_cold, write_cold
+from uringmig.archive.hot import write_hot
+from uringmig.archive.tier import EntryLabel
+from uringmig.contents.mappedram import MappedRamContents
+from uringmig.manifest import ArchiveFields, ColdManifest, decode, decode_any, decode_cold
+from uringmig.storage.choice import EngineChoice
+
+ENGINES = pytest.mark.parametrize("engine", [PWRITE, RING], ids=lambda choice: choice.name)
+
+
+def save(path: Path, seed: int = 0, *, ram_bytes: int = 21 * MIB) -> dict[str, bytes]:
+    """An image by our writer, and what is in it."""
+    guest = make_guest(seed, ram_bytes=ram_bytes)
+    with MappedRamWriter(path, ramblocks_of(guest), options=OPTIONS) as writer:
+        writer.write_all()
+        writer.finish()
+    return copy_of(guest)
+
+
+@ENGINES
+def test_hot_is_the_very_file_that_the_writer_makes(tmp_path: Path, engine: EngineChoice) -> None:
+    guest = save(tmp_path / "a.mig")
+    with MappedRamContents(tmp_path / "a.mig") as contents:
+        result = write_hot(contents, tmp_path / "b.mig", options=OPTIONS, engine=engine)
+    check_image(tmp_path / "b.mig", guest)
+    assert (tmp_path / "a.mig").read_bytes() == (tmp_path / "b.mig").read_bytes()
+    assert not verify(tmp_path / "b.mig").mismatches
+    described = decode((tmp_path / "b.mig.manifest.json").read_bytes())
+    assert described == result.manifest
+    assert described.blocks == decode((tmp_path / "a.mig.manifest.json").read_bytes()).blocks
+    assert result.stored_bytes == 4096 * sum(block.pages_set for block in described.blocks)
+    assert (result.resumed_bytes, result.shared_bytes) == (0, 0)
+
+
+@ENGINES
+def test_cold_and_back(tmp_path: Path, engine: EngineChoice) -> None:
+    guest = save(tmp_path / "a.mig")
+    label = EntryLabel(name="a-1", vm="a", host="here", source_kind="qmp", source_path="/run/a")
+    with MappedRamContents(tmp_path / "a.mig") as contents:
+        cold = write_cold(
+            contents, tmp_path / "a.cold", options=OPTIONS, label=label, engine=engine
+        )
+        hot = write_hot(contents, tmp_path / "b.mig", options=OPTIONS, engine=engine)
+    with open_cold(tmp_path / "a.cold") as contents:
+        assert contents.kind == "cold"
+        assert contents.stored_bytes() == cold.stored_bytes
+        back = write_hot(contents, tmp_path / "back.mig", options=OPTIONS, engine=engine)
+    check_image(tmp_path / "back.mig", guest)
+    assert (tmp_path / "back.mig").read_bytes() == (tmp_path / "a.mig").read_bytes()
+    described = decode_cold((tmp_path / "a.cold.manifest.json").read_bytes())
+    assert described == cold.manifest
+    assert described == decode_any((tmp_path / "a.cold.manifest.json").read_bytes())
+    assert described.file_size == (tmp_path / "a.cold").stat().st_size
+    fields = described.archive
+    assert (fields.name, fields.vm, fields.host, fields.tier) == ("a-1", "a", "here", "cold")
+    assert (fields.source_kind, fields.source_path) == ("qmp", "/run/a")
+    for result in (hot, back):
+        assert isinstance(result.manifest.archive, ArchiveFields)
+        assert result.manifest.archive.content_digest == fields.content_digest
+
+
+def test_zeros_cost_nothing_in_a_cold_image(tmp_path: Path) -> None:
+    guest = make_guest(ram_bytes=64 * MIB)
+    guest["pc.ram"][5 * MIB :] = 0
+    with MappedRamWriter(tmp_path / "a.mig", ramblocks_of(guest), options=OPTIONS) as writer:
+        writer.write_all()
+        writer.finish()
+    with MappedRamContents(tmp_path / "a.mig") as contents:
+        result = write_cold(contents, tmp_path / "a.cold", options=OPTIONS)
+    assert isinstance(result.manifest, ColdManifest)
+    assert result.manifest.frames == 4  # two windows of RAM, video memory and ROM
+    assert result.file_bytes < result.stored_bytes + MIB // 8
+
+
+@pytest.mark.parametrize("level", [1, 3, 19])
+def test_level(tmp_path: Path, level: int) -> None:
+    guest = save(tmp_path / "a.mig", ram_bytes=5 * MIB)
+    with MappedRamContents(tmp_path / "a.mig") as contents:
+        write_cold(contents, tmp_path / "a.cold", level=level, workers=3, options=OPTIONS)
+    with open_cold(tmp_path / "a.cold") as contents:
+        assert contents.header.level == level
+        write_hot(contents, tmp_path / "b.mig", options=OPTIONS)
+    check_image(tmp_path / "b.mig", guest)
+
+
+@pytest.mark.parametrize("level", [0, 23])
+def test_level_out_of_range(tmp_path: Path, level: int) -> None:
+    save(tmp_path / "a.mig", ram_bytes=MIB)
+    with (
+        MappedRamContents(tmp_path / "a.mig") as contents,
+        pytest.raises(StateError, match="from 1 to 22"),
+    ):
+        write_cold(contents, tmp_path / "a.cold", level=level)
+    assert left_in(tmp_path) == ["a.mig", "a.mig.manifest.json"]
+
+
+def test_flipped_frame_is_named_by_its_place(tmp_path: Path) -> None:
+    save(tmp_path / "a.mig")
+    with MappedRamContents(tmp_path / "a.mig") as contents:
+        write_cold(contents, tmp_path / "a.cold", options=OPTIONS)
+    with open_cold(tmp_path / "a.cold") as contents:
+        frames = contents.index.frames
+        number = 3
+        row, offset = int(frames.row[number]), int(frames.offset[number])
+    with (tmp_path / "a.cold").open("r+b") as file:
+        file.seek(offset + 100)
+        byte = file.read(1)[0]
+        file.seek(offset + 100)
+        file.write(bytes([byte ^ 1]))
+    with open_cold(tmp_path / "a.cold") as contents:
+        with pytest.raises(MismatchError, match=rf"'pc.ram'.*chunk {row} ") as caught:
+            write_hot(contents, tmp_path / "b.mig", options=OPTIONS)
+        assert caught.value.offset == offset
+    assert left_in(tmp_path) == [
+        "a.cold",
+        "a.cold.manifest.json",
+        "a.mig",
+        "a.mig.manifest.json",
+    ]
+
+
+def test_source_that_changes_is_refused(tmp_path: Path) -> None:
+    save(tmp_path / "a.mig")
+    with MappedRamContents(tmp_path / "a.mig") as contents:
+        with (tmp_path / "a.mig").open("r+b") as file:
+            file.seek(2 * MIB)
+            file.write(b"changed")
+        with pytest.raises(MismatchError, match="changed while it was read"):
+            write_hot(contents, tmp_path / "b.mig", options=OPTIONS, resume=tmp_path / "journal")
+    assert left_in(tmp_path) == ["a.mig", "a.mig.manifest.json"]
+
+
+def test_errno_of_a_missing_folder(tmp_path: Path) -> None:
+    save(tmp_path / "a.mig", ram_bytes=MIB)
+    with MappedRamContents(tmp_path / "a.mig") as contents:
+        with pytest.raises(Exception, match="missing") as caught:
+            write_hot(contents, tmp_path / "missing" / "b.mig", options=OPTIONS)
+        assert getattr(caught.value, "errno", None) == errno.ENOENT

@@ -1,0 +1,425 @@
+"""The cold tier: each window's pages as one zstd frame, compressed by several threads at a time.
+
+Every channel takes a window in, compresses its nonzero pages, and writes the frame with O_DIRECT to
+the next free pages of the file, through its own engine: while it compresses the next window the
+device writes the last one. Where a frame went, only the index at the end of the file knows.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import ExitStack
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import numpy as np
+import zstandard
+from numpy.typing import NDArray
+
+from uringmig import manifest
+from uringmig.archive.coldformat import (
+    FRAME_BYTES_MAX,
+    HEADER_BYTES,
+    ColdHeader,
+    ColdIndex,
+    FrameTable,
+    read_header,
+    read_index,
+)
+from uringmig.archive.coldread import ColdContents, open_cold
+from uringmig.archive.copyjournal import BITS_BYTES, Chunk
+from uringmig.archive.copyrun import CopyRun
+from uringmig.archive.intake import Held, Intake
+from uringmig.archive.partialcopy import PartialCopy
+from uringmig.archive.tier import LIVE_KINDS, CopiedGuest, EntryLabel, TierResult, describe_entry
+from uringmig.channel import ChannelFile
+from uringmig.contents.source import Contents, Row
+from uringmig.digest import DIGEST_BYTES, bytes_digest, window_digest
+from uringmig.errors import StateError
+from uringmig.iobatch import IoPlan
+from uringmig.options import PAGE_SIZE, WINDOW_BYTES, WriteOptions
+from uringmig.pages import bitmap
+from uringmig.pages.runs import PageRuns
+from uringmig.plan import Window, plan_runs
+from uringmig.progress import ChannelCounters, ProgressCallback, account
+from uringmig.result import WRITER
+from uringmig.storage.buffers import aligned_buffer
+from uringmig.storage.choice import EngineChoice, choose_engine
+from uringmig.storage.engine import Operation
+from uringmig.units import align_up, div_ceil
+
+__all__ = ["LEVEL", "ColdContents", "open_cold", "write_cold"]
+
+#: zstd's own default.
+LEVEL: Final = 3
+LEVEL_MAX: Final = 22
+_EMPTY: Final = np.empty(0, np.int64)
+_NOTHING: Final = IoPlan(_EMPTY, _EMPTY, _EMPTY)
+_WORDS_PER_PAGE: Final = PAGE_SIZE // 8
+
+
+def write_cold(
+    contents: Contents,
+    out: Path,
+    *,
+    level: int = LEVEL,
+    workers: int = 2,
+    options: WriteOptions = WriteOptions(),  # noqa: B008 - frozen
+    label: EntryLabel | None = None,
+    resume: Path | None = None,
+    progress: ProgressCallback | None = None,
+    engine: EngineChoice | None = None,
+) -> TierResult:
+    """Write contents as a compressed image, published with its manifest.
+
+    Args:
+        contents: opened by the caller, and stays the caller's.
+        out: the image's final name.
+        level: of zstd, 1 (fast) to 22 (small).
+        workers: threads that compress; each also writes what it compressed.
+        options: how to write; ``channels`` and ``bridge`` do not matter here.
+        label: what the entry is called; None: after the file, made here.
+        resume: a journal, as for `write_hot`.
+        progress: called with a `Snapshot` about ten times a second and at every phase.
+        engine: an engine of the caller's instead of ``options.engine``; for tests and benches.
+
+    Raises:
+        StateError: level or workers are out of range.
+        FormatError: the contents break a rule of their format.
+        MismatchError: the source changed while it was read.
+        StorageError: nothing is published.
+        HostError: io_uring is required and cannot be had.
+    """
+    if not 1 <= level <= LEVEL_MAX:
+        raise StateError(f"a compression level is from 1 to {LEVEL_MAX}, not {level}")
+    options = replace(options, channels=workers)
+    with ExitStack() as stack:
+        return _ColdCopy(contents, out, level, options, resume, progress, engine, stack).run(label)
+
+
+class _FramePlaces:
+    """Where every row's frame is; channels append, each at its own place.
+
+    Args:
+        guest: for the number of blocks and rows.
+    """
+
+    def __init__(self, guest: CopiedGuest) -> None:
+        rows = [copied.block.row_count for copied in guest.blocks]
+        self.offset = [np.zeros(count, np.int64) for count in rows]
+        self.length = [np.zeros(count, np.int64) for count in rows]
+        self.digest = [np.zeros((count, DIGEST_BYTES), np.uint8) for count in rows]
+        self.end = HEADER_BYTES
+        self._lock = threading.Lock()
+
+    def append(self, row: Row, length: int, digest: bytes) -> int:
+        """Give a frame the next free pages of the file; returns their offset."""
+        with self._lock:
+            offset = self.end
+            self.end += align_up(length, PAGE_SIZE)
+        self.put(row, offset, length, digest)
+        return offset
+
+    def put(self, row: Row, offset: int, length: int, digest: bytes) -> None:
+        """Note where a frame is."""
+        block_index, number = row
+        self.offset[block_index][number] = offset
+        self.length[block_index][number] = length
+        self.digest[block_index][number] = np.frombuffer(digest, np.uint8)
+
+    def table(self, guest: CopiedGuest) -> FrameTable:
+        """All frames, sorted by block and row."""
+        stored = [np.flatnonzero(lengths) for lengths in self.length]
+        blocks = range(len(stored))
+        bits = []
+        for copied, rows in zip(guest.blocks, stored, strict=True):
+            padded = np.zeros((copied.block.row_count, BITS_BYTES), np.uint8)
+            padded.reshape(-1)[: len(copied.bitmap)] = copied.bitmap
+            bits.append(padded[rows])
+        return FrameTable(
+            block_index=np.concatenate([np.full(len(stored[i]), i, np.int64) for i in blocks]),
+            row=np.concatenate(stored),
+            offset=np.concatenate([self.offset[i][stored[i]] for i in blocks]),
+            length=np.concatenate([self.length[i][stored[i]] for i in blocks]),
+            frame_digest=np.concatenate([self.digest[i][stored[i]] for i in blocks]),
+            memory_digest=np.concatenate([guest.blocks[i].digests[stored[i]] for i in blocks]),
+            bits=np.concatenate(bits),
+        )
+
+
+class _ColdCopy:
+    """The story of one copy; its partial file and buffers end with ``stack``."""
+
+    def __init__(
+        self,
+        contents: Contents,
+        out: Path,
+        level: int,
+        options: WriteOptions,
+        resume: Path | None,
+        progress: ProgressCallback | None,
+        engine: EngineChoice | None,
+        stack: ExitStack,
+    ) -> None:
+        self._started = time.monotonic()
+        self._contents = contents
+        self._out = out
+        self._level = level
+        self._options = options
+        self._engine = engine or choose_engine(options.engine)
+        self._guest = CopiedGuest(contents)
+        self._places = _FramePlaces(self._guest)
+        live = contents.kind in LIVE_KINDS
+        self._partial = PartialCopy(
+            out,
+            tier="cold",
+            source="" if live else contents.fingerprint(),
+            shape=_shape(contents, level),
+            direct=options.direct,
+            journal=None if live else resume,
+        )
+        stack.callback(self._partial.close)
+        self._target = self._partial.target
+        self._rows = self._take_over()
+        shared = ChannelFile(
+            file=self._target.direct,
+            path=self._target.path,
+            operation=Operation.WRITE,
+            engine=self._engine,
+            options=options,
+            bounce=False,
+        )
+        self._copy = CopyRun(self._guest, self._partial, shared, progress)
+
+    def run(self, label: EntryLabel | None) -> TierResult:
+        """Copy, finish, publish."""
+        intake = Intake(self._contents, self._rows, copies=True, gap_bytes=self._options.bridge)
+        self._copy.copy(
+            intake,
+            self._rows,
+            lambda counters: _ColdWork(
+                intake, self._guest, self._places, self._level, self._options, self._copy, counters
+            ),
+            self._chunk,
+        )
+        return self._finish(label)
+
+    def _take_over(self) -> list[Row]:
+        """Keep the frames that a killed copy left durable; free what else it wrote."""
+        rows = self._guest.take_over(self._partial.taken_over)
+        kept: list[tuple[int, int]] = []
+        for chunk in self._partial.taken_over:
+            if chunk.frame_length:
+                row = (chunk.block_index, chunk.row)
+                self._places.put(row, chunk.frame_offset, chunk.frame_length, chunk.frame_digest)
+                end = chunk.frame_offset + align_up(chunk.frame_length, PAGE_SIZE)
+                kept.append((chunk.frame_offset, end))
+                self._places.end = max(self._places.end, end)
+        main = self._target.main
+        main.set_size(self._places.end)
+        at = HEADER_BYTES
+        for start, end in sorted(kept):
+            if start > at:
+                main.punch_hole(at, start - at)
+            at = max(at, end)
+        return rows
+
+    def _chunk(self, row: Row) -> Chunk:
+        """What the journal keeps of a row."""
+        block_index, number = row
+        return Chunk(
+            block_index,
+            number,
+            bitmap.pack(self._guest.bits(row)).tobytes().ljust(BITS_BYTES, b"\0"),
+            self._guest.digest(row),
+            int(self._places.offset[block_index][number]),
+            int(self._places.length[block_index][number]),
+            self._places.digest[block_index][number].tobytes(),
+        )
+
+    def _finish(self, label: EntryLabel | None) -> TierResult:
+        """Write index and header, make it all durable, give it its name."""
+        main = self._target.main
+        self._copy.tell("devices")
+        tail = self._contents.device_state().tail
+        index = ColdIndex(
+            configuration=self._contents.configuration,
+            section_id=self._contents.section_id,
+            device_state=tail,
+            blocks=tuple((block.idstr, block.used_length) for block in self._contents.blocks),
+            frames=self._places.table(self._guest),
+        )
+        packed = index.pack()
+        header = ColdHeader(self._level, self._places.end, len(packed), bytes_digest(packed))
+        main.set_size(self._places.end)
+        main.write_at(self._places.end, packed)
+        # What we could not read back ourselves, nobody is told to be safe.
+        read_index(packed, read_header(header.pack(), file_size=main.size))
+        main.write_at(0, header.pack())
+        self._copy.tell("sync")
+        synced = time.monotonic()
+        main.sync()
+        synced = time.monotonic() - synced
+        main.drop_cache()
+        self._copy.tell("publish")
+        fields = describe_entry(
+            self._guest, self._out, "cold", label, self._guest.content_digest(tail)
+        )
+        described = self._describe(index, header, synced, fields)
+        size, allocated = main.size, main.allocated
+        manifest_path = self._partial.publish(manifest.encode(described))
+        return TierResult(
+            path=self._target.path,
+            manifest_path=manifest_path,
+            tier="cold",
+            file_bytes=size,
+            allocated_bytes=allocated,
+            memory_bytes=fields.memory_bytes,
+            stored_bytes=fields.stored_bytes,
+            shared_bytes=0,
+            resumed_bytes=self._guest.resumed_bytes,
+            written_bytes=self._copy.written_bytes,
+            ratio=fields.stored_bytes / described.frame_bytes if described.frame_bytes else 1.0,
+            seconds=time.monotonic() - self._started,
+            manifest=described,
+            notes=tuple(described.notes),
+        )
+
+    def _describe(
+        self,
+        index: ColdIndex,
+        header: ColdHeader,
+        sync_seconds: float,
+        fields: manifest.ArchiveFields,
+    ) -> manifest.ColdManifest:
+        """Describe the durable image."""
+        options = self._options
+        times = account(
+            self._copy.counters, elapsed=time.monotonic() - self._started, sync=sync_seconds
+        )
+        notes = (self._engine.note, self._target.direct.note, *self._contents.notes)
+        return manifest.ColdManifest(
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            writer=WRITER,
+            machine=self._contents.configuration.machine,
+            file_size=self._target.main.size,
+            index_digest=header.index_digest.hex(),
+            level=self._level,
+            frames=len(index.frames),
+            frame_bytes=int(index.frames.length.sum()),
+            settings=manifest.Settings(
+                engine=self._engine.name,
+                direct=self._target.direct.direct,
+                channels=options.channels,
+                depth=options.depth,
+                block_size=options.block_size,
+                bridge=options.bridge,
+                rate=options.rate,
+            ),
+            seconds={
+                name: round(getattr(times, name), 6)
+                for name in ("elapsed", "scan", "submit", "wait", "sync")
+            },
+            notes=[note for note in notes if note is not None],
+            archive=fields,
+        )
+
+
+class _ColdWork:
+    """One channel's side: takes a window in, compresses its pages, writes the frame."""
+
+    def __init__(
+        self,
+        intake: Intake,
+        guest: CopiedGuest,
+        places: _FramePlaces,
+        level: int,
+        options: WriteOptions,
+        copy: CopyRun,
+        counters: ChannelCounters,
+    ) -> None:
+        # As many frames as requests in flight can be of, and one that is being made.
+        self.windows_max = div_ceil(options.depth * options.block_size, WINDOW_BYTES) + 1
+        self._intake = intake
+        self._guest = guest
+        self._places = places
+        self._compressor = zstandard.ZstdCompressor(level=level)
+        self._block_size = options.block_size
+        self._done = copy.done
+        self._counters = counters
+        self._buffer = aligned_buffer(WINDOW_BYTES)
+        self._pages = aligned_buffer(WINDOW_BYTES)
+        self._free = [aligned_buffer(FRAME_BYTES_MAX) for _ in range(self.windows_max)]
+        self._open: dict[Window, tuple[Row, NDArray[np.uint8] | None]] = {}
+
+    def plan(self, window: Window) -> IoPlan:
+        """Take in whichever window comes next, make its frame, and plan its writes."""
+        held = self._intake.take(self._buffer)
+        bits = held.nonzero()
+        self._guest.note(held.row, bits)
+        self._guest.note_digest(held.row, held.digest())
+        stored = int(np.count_nonzero(bits))
+        self._counters.zero_bytes += PAGE_SIZE * (len(bits) - stored)
+        if not stored:
+            self._open[window] = (held.row, None)
+            return _NOTHING
+        frame = self._free.pop()
+        self._open[window] = (held.row, frame)
+        length = self._compress(self._gather(held, bits, stored), frame)
+        offset = self._places.append(held.row, length, window_digest(frame[:length]))
+        count = div_ceil(length, PAGE_SIZE)
+        frame[length : count * PAGE_SIZE] = 0
+        return plan_runs(
+            PageRuns(np.array([0], np.int64), np.array([count], np.int64)),
+            address=frame.ctypes.data,
+            file_offset=offset,
+            block_size=self._block_size,
+        )
+
+    def submitted(self, window: Window) -> None:
+        """Nothing: the digest was made before the frame."""
+
+    def finished(self, window: Window) -> None:
+        """Note that the frame is where it belongs."""
+        row, frame = self._open.pop(window)
+        self._done.append(row)
+        if frame is not None:
+            self._free.append(frame)
+
+    def _gather(self, held: Held, bits: NDArray[np.bool_], stored: int) -> NDArray[np.uint8]:
+        """The window's nonzero pages, one after the other."""
+        if stored == len(bits):
+            return held.memory
+        pages = self._pages[: stored * PAGE_SIZE]
+        np.compress(
+            bits,
+            held.memory.view(np.uint64).reshape(-1, _WORDS_PER_PAGE),
+            axis=0,
+            out=pages.view(np.uint64).reshape(-1, _WORDS_PER_PAGE),
+        )
+        return pages
+
+    def _compress(self, pages: NDArray[np.uint8], frame: NDArray[np.uint8]) -> int:
+        """Compress into ``frame``; returns the frame's length."""
+        reader = self._compressor.stream_reader(pages.data, size=len(pages))
+        length = 0
+        while count := reader.readinto(frame[length:].data):
+            length += count
+        return length
+
+
+def _shape(contents: Contents, level: int) -> str:
+    """Digest of all that decides what the frames look like."""
+    text = msgspec.json.encode(
+        [
+            contents.configuration.pack().hex(),
+            contents.section_id,
+            [[block.idstr, block.used_length] for block in contents.blocks],
+            level,
+        ]
+    )
+    return bytes_digest(text).hex()

@@ -1,0 +1,192 @@
+"""Pages that an earlier image has already: shared by reflink instead of written again.
+
+The earlier image's page areas are cloned into the new file (FICLONERANGE), which costs no data;
+then only pages that differ from what now lies in their slots are written, and for these the file
+system gives the new file blocks of its own. The image stays a plain file.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import struct
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from uringmig.archive.intake import Held
+from uringmig.errors import FormatError, StorageError
+from uringmig.format.layout import ImageLayout
+from uringmig.image import parse_image
+from uringmig.options import PAGE_SIZE, WINDOW_BYTES, DirectMode
+from uringmig.storage.directfile import open_direct
+from uringmig.storage.engine import Operation
+from uringmig.storage.mainfile import MainFile, open_for_reading
+from uringmig.units import align_down, is_aligned
+
+#: linux/fs.h: FICLONERANGE and struct file_clone_range.
+_FICLONERANGE: Final = 0x4020940D
+_CLONE_RANGE: Final = struct.Struct("=qQQQ")
+#: linux/fiemap.h: FS_IOC_FIEMAP, struct fiemap, struct fiemap_extent.
+_FIEMAP: Final = 0xC020660B
+_FIEMAP_HEADER: Final = struct.Struct("=QQLLLL")
+_FIEMAP_EXTENT: Final = struct.Struct("=QQQQQLLLL")
+_FIEMAP_FLAG_SYNC: Final = 0x1
+_EXTENT_LAST: Final = 0x1
+_EXTENT_SHARED: Final = 0x2000
+_EXTENTS_AT_ONCE: Final = 512
+#: What file systems without reflink say, and two that are not one.
+_NO_REFLINK: Final = {
+    errno.EOPNOTSUPP: "this file system has no reflink",
+    errno.ENOTTY: "this file system has no reflink",
+    errno.EINVAL: "this file system has no reflink for this file",
+    errno.EXDEV: "the earlier image is on another file system",
+}
+_WORDS_PER_PAGE: Final = PAGE_SIZE // 8
+
+
+def previous_identity(path: Path) -> str:
+    """Name this very version of the earlier image.
+
+    Raises:
+        StorageError: it cannot be looked at.
+    """
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise StorageError("cannot look at", errno=error.errno, path=path) from None
+    return f"{status.st_dev:x}.{status.st_ino:x}.{status.st_size:x}.{status.st_mtime_ns:x}"
+
+
+def clone_pages(previous: Path, layout: ImageLayout, main: MainFile) -> None:
+    """Clone the page areas of blocks that both images have into the new, sized file.
+
+    Raises:
+        FormatError: the earlier file is no whole mapped-ram image.
+        StorageError: the file system cannot, with the reason.
+    """
+    source = open_for_reading(str(previous))
+    try:
+        areas = {block.idstr: block for block in parse_image(source).blocks}
+        block_bytes = os.fstatvfs(main.fd).f_bsize
+        for place in layout.blocks:
+            area = areas.get(place.idstr)
+            if area is None or not is_aligned(area.pages_offset, block_bytes):
+                continue
+            length = align_down(min(area.used_length, place.used_length), block_bytes)
+            if length:
+                _clone(source, area.pages_offset, length, main, place.pages_offset)
+        source.drop_cache()
+    finally:
+        source.close()
+
+
+class SlotReader:
+    """Reads what lies in the slots of the image being written; used by several channels.
+
+    Raises:
+        StorageError: the file cannot be opened.
+    """
+
+    def __init__(self, path: str, layout: ImageLayout, mode: DirectMode) -> None:
+        self._layout = layout
+        self._file = open_direct(path, Operation.READ, mode)
+        self._path = path
+
+    def differing(
+        self, held: Held, bits: NDArray[np.bool_], buffer: NDArray[np.uint8]
+    ) -> NDArray[np.bool_]:
+        """Say which pages of a window are not yet what lies in their slots.
+
+        Args:
+            held: the window, in memory that may be read where ``bits`` are set.
+            bits: the pages that matter.
+            buffer: for the slots, a window long.
+
+        Raises:
+            StorageError: a read failed.
+        """
+        block_index, row = held.row
+        slots = buffer[: len(held.memory)]
+        offset = self._layout.blocks[block_index].pages_offset + row * WINDOW_BYTES
+        self._read(slots, offset)
+        differing = np.zeros_like(bits)
+        pages = np.flatnonzero(bits)
+        ours = held.memory.view(np.uint64).reshape(-1, _WORDS_PER_PAGE)
+        theirs = slots.view(np.uint64).reshape(-1, _WORDS_PER_PAGE)
+        if len(pages) == len(bits):
+            differing[:] = np.not_equal(ours, theirs).any(axis=1)
+        else:
+            differing[pages] = np.not_equal(ours[pages], theirs[pages]).any(axis=1)
+        return differing
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        os.close(self._file.fd)
+
+    def _read(self, slots: NDArray[np.uint8], offset: int) -> None:
+        """Fill ``slots``; the image has its full length, so all of it is there."""
+        done = 0
+        while done < len(slots):
+            try:
+                count = os.preadv(self._file.fd, [slots[done:].data], offset + done)
+            except OSError as error:
+                raise StorageError(
+                    "read failed", errno=error.errno, path=self._path, offset=offset + done
+                ) from None
+            if count == 0:
+                raise FormatError("the file ends inside a page area", offset=offset + done)
+            done += align_down(count, PAGE_SIZE) or count
+
+
+def shared_bytes(main: MainFile) -> int:
+    """Count the bytes of a file's blocks that another file has too, as the file system tells.
+
+    Raises:
+        StorageError: it does not tell.
+    """
+    start, shared = 0, 0
+    while True:
+        request = bytearray(_FIEMAP_HEADER.size + _EXTENTS_AT_ONCE * _FIEMAP_EXTENT.size)
+        _FIEMAP_HEADER.pack_into(
+            request, 0, start, (1 << 63) - 1 - start, _FIEMAP_FLAG_SYNC, 0, _EXTENTS_AT_ONCE, 0
+        )
+        try:
+            fcntl.ioctl(main.fd, _FIEMAP, request)
+        except OSError as error:
+            raise StorageError(
+                "cannot ask for the file's extents", errno=error.errno, path=main.path
+            ) from None
+        count = _FIEMAP_HEADER.unpack_from(request)[3]
+        for number in range(count):
+            logical, _, length, _, _, flags, *_ = _FIEMAP_EXTENT.unpack_from(
+                request, _FIEMAP_HEADER.size + number * _FIEMAP_EXTENT.size
+            )
+            start = logical + length
+            if flags & _EXTENT_SHARED:
+                shared += length
+            if flags & _EXTENT_LAST:
+                return shared
+        if count == 0:
+            return shared
+
+
+def _clone(source: MainFile, offset: int, length: int, main: MainFile, to: int) -> None:
+    """Share one range."""
+    try:
+        fcntl.ioctl(main.fd, _FICLONERANGE, _CLONE_RANGE.pack(source.fd, offset, length, to))
+    except OSError as error:
+        reason = _NO_REFLINK.get(error.errno or 0)
+        if reason is None:
+            raise StorageError(
+                "cannot share blocks", errno=error.errno, path=main.path, offset=to
+            ) from None
+        raise StorageError(
+            f"cannot share blocks with {source.path}: {reason}",
+            errno=error.errno,
+            path=main.path,
+            cure="archive to xfs or btrfs, or without dedup",
+        ) from None

@@ -1,0 +1,351 @@
+"""The hot tier: contents become a plain mapped-ram image, which stock QEMU loads as it lies.
+
+Read ahead by the contents' channels, written by ours: both ends of the copy are busy at the same
+time, both by O_DIRECT. The order is the writer's: pages, drain, bitmaps, stream, sync, publish.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from uringmig import digest, manifest
+from uringmig.archive.copyjournal import BITS_BYTES, Chunk
+from uringmig.archive.copyrun import CopyRun
+from uringmig.archive.dedup import SlotReader, clone_pages, previous_identity, shared_bytes
+from uringmig.archive.intake import Held, Intake
+from uringmig.archive.partialcopy import PartialCopy
+from uringmig.archive.tier import LIVE_KINDS, CopiedGuest, EntryLabel, TierResult, describe_entry
+from uringmig.channel import ChannelFile
+from uringmig.contents.source import Contents, Row
+from uringmig.format.compose import compose_setup
+from uringmig.format.layout import ImageLayout, plan_layout
+from uringmig.image import parse_image, stream_digest
+from uringmig.iobatch import IoPlan
+from uringmig.options import PAGE_SIZE, WINDOW_BYTES, WriteOptions
+from uringmig.pages import bitmap
+from uringmig.pages.runs import runs_from_bits
+from uringmig.plan import Window, bridge_gaps, gap_pages, plan_runs
+from uringmig.progress import ChannelCounters, ProgressCallback, account
+from uringmig.result import WRITER
+from uringmig.storage.buffers import aligned_buffer
+from uringmig.storage.choice import EngineChoice, choose_engine
+from uringmig.storage.engine import Operation
+from uringmig.units import div_ceil
+
+
+def write_hot(
+    contents: Contents,
+    out: Path,
+    *,
+    options: WriteOptions = WriteOptions(),  # noqa: B008 - frozen
+    label: EntryLabel | None = None,
+    resume: Path | None = None,
+    previous: Path | None = None,
+    progress: ProgressCallback | None = None,
+    engine: EngineChoice | None = None,
+) -> TierResult:
+    """Write contents as a mapped-ram image, published with its manifest.
+
+    Args:
+        contents: opened by the caller, and stays the caller's.
+        out: the image's final name.
+        options: how to write; the manifest is always written.
+        label: what the entry is called; None: after the file, made here.
+        resume: a journal. If a killed copy of the same contents left it, with its partial file,
+            the copy goes on from there; else it starts anew. Gone when this returns or raises.
+        previous: an earlier image, usually of the same VM: pages that lie there unchanged become
+            blocks shared with it (reflink).
+        progress: called with a `Snapshot` about ten times a second and at every phase.
+        engine: an engine of the caller's instead of ``options.engine``; for tests and benches.
+
+    Raises:
+        FormatError: the contents break a rule of their format.
+        MismatchError: the source changed while it was read.
+        StorageError: nothing is published; or the file system cannot share blocks.
+        HostError: io_uring is required and cannot be had.
+    """
+    with ExitStack() as stack:
+        copy = HotCopy(contents, out, options, resume, previous, progress, engine, stack)
+        return copy.run(label)
+
+
+class HotCopy:
+    """The story of one copy; its partial file and buffers end with ``stack``."""
+
+    def __init__(
+        self,
+        contents: Contents,
+        out: Path,
+        options: WriteOptions,
+        resume: Path | None,
+        previous: Path | None,
+        progress: ProgressCallback | None,
+        engine: EngineChoice | None,
+        stack: ExitStack,
+    ) -> None:
+        self._started = time.monotonic()
+        self._contents = contents
+        self._out = out
+        self._options = options
+        self._engine = engine or choose_engine(options.engine)
+        self._guest = CopiedGuest(contents)
+        sizes = [(block.idstr, block.used_length) for block in contents.blocks]
+        self._layout = plan_layout(contents.configuration, sizes, section_id=contents.section_id)
+        self._dense = frozenset(
+            number
+            for number, block in enumerate(contents.blocks)
+            if block.used_length <= options.dense_up_to
+        )
+        live = contents.kind in LIVE_KINDS
+        self._partial = PartialCopy(
+            out,
+            tier="hot",
+            source="" if live else contents.fingerprint(),
+            shape=_shape(contents, self._layout, self._dense, previous),
+            direct=options.direct,
+            journal=None if live else resume,
+        )
+        stack.callback(self._partial.close)
+        self._target = self._partial.target
+        self._rows = self._guest.take_over(self._partial.taken_over)
+        self._target.main.set_size(self._layout.trailer_offset)
+        self._slots: SlotReader | None = None
+        if previous is not None:
+            if not self._partial.taken_over:
+                clone_pages(previous, self._layout, self._target.main)
+            self._slots = SlotReader(self._target.partial_path, self._layout, options.direct)
+            stack.callback(self._slots.close)
+        shared = ChannelFile(
+            file=self._target.direct,
+            path=self._target.path,
+            operation=Operation.WRITE,
+            engine=self._engine,
+            options=options,
+            bounce=False,
+        )
+        self._copy = CopyRun(self._guest, self._partial, shared, progress)
+
+    def run(self, label: EntryLabel | None) -> TierResult:
+        """Copy, finish, publish."""
+        intake = Intake(
+            self._contents,
+            self._rows,
+            filled=self._dense,
+            copies=self._slots is not None,
+            gap_bytes=self._options.bridge,
+        )
+        self._copy.copy(
+            intake,
+            self._rows,
+            lambda counters: _HotWork(
+                intake,
+                self._guest,
+                self._layout,
+                self._dense,
+                self._slots,
+                self._options,
+                self._copy,
+                counters,
+            ),
+            self._chunk,
+        )
+        return self._finish(label)
+
+    def _chunk(self, row: Row) -> Chunk:
+        """What the journal keeps of a row."""
+        packed = bitmap.pack(self._guest.bits(row)).tobytes()
+        return Chunk(*row, packed.ljust(BITS_BYTES, b"\0"), self._guest.digest(row))
+
+    def _finish(self, label: EntryLabel | None) -> TierResult:
+        """Write all that is not pages, make it durable, give it its name."""
+        main, blocks = self._target.main, self._guest.blocks
+        self._copy.tell("bitmaps")
+        if not any(block.bitmap.any() for block in blocks):
+            # As the writer does: an image without a single bit is taken for a fault of QEMU's.
+            blocks[0].bitmap[0] = 1
+        for block, place in zip(blocks, self._layout.blocks, strict=True):
+            main.write_at(place.bitmap_offset, block.bitmap.data)
+        self._copy.tell("devices")
+        setup = compose_setup(
+            self._contents.configuration, self._layout, section_id=self._contents.section_id
+        )
+        end = 0
+        for offset, data in setup:
+            main.write_at(offset, data)
+            end = offset + len(data)
+        tail = self._contents.device_state().tail
+        main.write_at(end, tail)
+        # What we could not read back ourselves, nobody is told to be safe.
+        parse_image(main)
+        stream = stream_digest(main, base=0, blocks=self._layout.blocks)
+        self._copy.tell("sync")
+        synced = time.monotonic()
+        main.sync()
+        synced = time.monotonic() - synced
+        main.drop_cache()
+        self._copy.tell("publish")
+        fields = describe_entry(
+            self._guest, self._out, "hot", label, self._guest.content_digest(tail)
+        )
+        described = self._describe(stream, synced, fields)
+        shared = shared_bytes(main) if self._slots is not None else 0
+        size, allocated = main.size, main.allocated
+        manifest_path = self._partial.publish(manifest.encode(described))
+        return TierResult(
+            path=self._target.path,
+            manifest_path=manifest_path,
+            tier="hot",
+            file_bytes=size,
+            allocated_bytes=allocated,
+            memory_bytes=fields.memory_bytes,
+            stored_bytes=fields.stored_bytes,
+            shared_bytes=shared,
+            resumed_bytes=self._guest.resumed_bytes,
+            written_bytes=self._copy.written_bytes,
+            ratio=1.0,
+            seconds=time.monotonic() - self._started,
+            manifest=described,
+            notes=tuple(described.notes),
+        )
+
+    def _describe(
+        self, stream: str, sync_seconds: float, fields: manifest.ArchiveFields
+    ) -> manifest.Manifest:
+        """Describe the durable image."""
+        options = self._options
+        times = account(
+            self._copy.counters, elapsed=time.monotonic() - self._started, sync=sync_seconds
+        )
+        notes = (self._engine.note, self._target.direct.note, *self._contents.notes)
+        return manifest.Manifest(
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            writer=WRITER,
+            machine=self._contents.configuration.machine,
+            base=0,
+            file_size=self._target.main.size,
+            stream_digest=stream,
+            blocks=[
+                manifest.ManifestBlock(
+                    idstr=place.idstr,
+                    used_length=place.used_length,
+                    bitmap_offset=place.bitmap_offset,
+                    pages_offset=place.pages_offset,
+                    pages_set=bitmap.set_bit_count(copied.bitmap),
+                    digests=[row.tobytes().hex() for row in copied.digests],
+                )
+                for place, copied in zip(self._layout.blocks, self._guest.blocks, strict=True)
+            ],
+            settings=manifest.Settings(
+                engine=self._engine.name,
+                direct=self._target.direct.direct,
+                channels=options.channels,
+                depth=options.depth,
+                block_size=options.block_size,
+                bridge=options.bridge,
+                rate=options.rate,
+            ),
+            seconds={
+                name: round(getattr(times, name), 6)
+                for name in ("elapsed", "scan", "digest", "submit", "wait", "sync")
+            },
+            notes=[note for note in notes if note is not None],
+            archive=fields,
+        )
+
+
+class _HotWork:
+    """One channel's side: takes a window in, finds its pages, writes them to their slots."""
+
+    def __init__(
+        self,
+        intake: Intake,
+        guest: CopiedGuest,
+        layout: ImageLayout,
+        dense: frozenset[int],
+        slots: SlotReader | None,
+        options: WriteOptions,
+        copy: CopyRun,
+        counters: ChannelCounters,
+    ) -> None:
+        # As many windows as requests in flight can fill, and one that is being looked at.
+        self.windows_max = div_ceil(options.depth * options.block_size, WINDOW_BYTES) + 1
+        self._intake = intake
+        self._guest = guest
+        self._layout = layout
+        self._dense = dense
+        self._slots = slots
+        self._slot_buffer = aligned_buffer(WINDOW_BYTES if slots is not None else PAGE_SIZE)
+        self._options = options
+        self._done = copy.done
+        self._counters = counters
+        # One more: of a window with nothing to write the digest is still to be made.
+        self._free = [aligned_buffer(WINDOW_BYTES) for _ in range(self.windows_max + 1)]
+        self._open: dict[Window, tuple[Held, NDArray[np.uint8]]] = {}
+        self._half: set[Window] = set()
+
+    def plan(self, window: Window) -> IoPlan:
+        """Take in whichever window comes next, and plan the writes of its pages."""
+        buffer = self._free.pop()
+        held = self._intake.take(buffer)
+        self._open[window] = (held, buffer)
+        block_index, row = held.row
+        bits = held.nonzero()
+        if block_index in self._dense:
+            bits = np.ones_like(bits)
+        self._guest.note(held.row, bits)
+        if self._slots is not None:
+            # Not bridged: a page that is written again is shared no more.
+            wanted = self._slots.differing(held, bits, self._slot_buffer)
+        else:
+            gap = gap_pages(self._options.bridge)
+            wanted = bridge_gaps(bits, bridgeable=held.readable(), gap_pages=gap)
+        self._counters.zero_bytes += PAGE_SIZE * int(np.count_nonzero(~bits))
+        return plan_runs(
+            runs_from_bits(wanted),
+            address=held.memory.ctypes.data,
+            file_offset=self._layout.blocks[block_index].pages_offset + row * WINDOW_BYTES,
+            block_size=self._options.block_size,
+        )
+
+    def submitted(self, window: Window) -> None:
+        """Digest the window while it is still in the cache and the device has work."""
+        held, _ = self._open[window]
+        self._guest.note_digest(held.row, held.digest())
+        self._settle(window)
+
+    def finished(self, window: Window) -> None:
+        """Note that the pages are where they belong."""
+        self._settle(window)
+
+    def _settle(self, window: Window) -> None:
+        """Let go of a window that is both written and digested, whichever came first."""
+        if window not in self._half:
+            self._half.add(window)
+            return
+        self._half.remove(window)
+        held, buffer = self._open.pop(window)
+        self._done.append(held.row)
+        self._free.append(buffer)
+
+
+def _shape(
+    contents: Contents, layout: ImageLayout, dense: frozenset[int], previous: Path | None
+) -> str:
+    """Digest of all that decides where bytes go and how they look."""
+    text = msgspec.json.encode(
+        [
+            contents.configuration.pack().hex(),
+            contents.section_id,
+            [[place.idstr, place.used_length, place.pages_offset] for place in layout.blocks],
+            sorted(dense),
+            None if previous is None else previous_identity(previous),
+        ]
+    )
+    return digest.bytes_digest(text).hex()

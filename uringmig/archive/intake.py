@@ -1,0 +1,164 @@
+"""Windows of the contents, taken in by the channels that write: read ahead there, held here.
+
+The contents' memory is good until the next window is asked for, and several channels ask. So a
+channel copies what may be nonzero into a buffer of its own, under the lock that also orders the
+asking; a view of mapped memory stays where it is and is not copied.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from uringmig import digest
+from uringmig.archive.tier import LIVE_KINDS
+from uringmig.contents.source import Contents, Row, WindowRead
+from uringmig.errors import StateError
+from uringmig.memory.source import Extents
+from uringmig.options import PAGE_SIZE
+from uringmig.pages.zero import nonzero_pages
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """One window in a channel's hands.
+
+    Attributes:
+        memory: as long as the window; only what ``start`` and ``length`` say may be read.
+        start: of what may be nonzero, in bytes, sorted.
+        length: of each.
+    """
+
+    row: Row
+    memory: NDArray[np.uint8]
+    start: list[int]
+    length: list[int]
+
+    def nonzero(self) -> NDArray[np.bool_]:
+        """Which pages are not zero, one bool each."""
+        bits = np.zeros(len(self.memory) // PAGE_SIZE, np.bool_)
+        for start, length in zip(self.start, self.length, strict=True):
+            first, count = start // PAGE_SIZE, length // PAGE_SIZE
+            bits[first : first + count] = nonzero_pages(self.memory[start : start + length])
+        return bits
+
+    def readable(self) -> NDArray[np.bool_]:
+        """Which pages may be read, one bool each."""
+        bits = np.zeros(len(self.memory) // PAGE_SIZE, np.bool_)
+        for start, length in zip(self.start, self.length, strict=True):
+            bits[start // PAGE_SIZE : (start + length) // PAGE_SIZE] = True
+        return bits
+
+    def digest(self) -> bytes:
+        """Digest of the window, zeros included."""
+        if not self.start:
+            return digest.zero_digest(len(self.memory))
+        if self.length[0] == len(self.memory):
+            return digest.window_digest(self.memory)
+        return digest.sparse_digest(self.memory, self.start, self.length)
+
+
+class Intake:
+    """The windows of some rows, for several channels; each window goes to one of them.
+
+    Args:
+        contents: read from by this alone until `close`.
+        rows: what is to be read.
+        filled: blocks, by index, whose windows get zeros where they have no data, so that all of
+            their memory may be read.
+        copies: copy also what is mapped.
+        gap_bytes: shorter gaps between what may be nonzero are taken in too, as zeros, unless they
+            may be holes.
+    """
+
+    def __init__(
+        self,
+        contents: Contents,
+        rows: Sequence[Row],
+        *,
+        filled: frozenset[int] = frozenset(),
+        copies: bool = False,
+        gap_bytes: int = 0,
+    ) -> None:
+        self._windows: Iterator[WindowRead] = contents.windows(rows)
+        self._filled = filled
+        self._live = contents.kind in LIVE_KINDS
+        self._copies = copies
+        self._gap_bytes = gap_bytes
+        self._lock = threading.Lock()
+        self._failure: BaseException | None = None
+
+    def take(self, buffer: NDArray[np.uint8]) -> Held:
+        """Take any window that nobody has yet; ``buffer``, a window long, is for its memory.
+
+        Raises:
+            UringmigError: as `Contents.windows`; the same to every channel that asks afterwards.
+        """
+        with self._lock:
+            if self._failure is not None:
+                raise self._failure
+            try:
+                read = next(self._windows)
+            except StopIteration:
+                self._failure = StateError("the contents ended before all rows were read")
+                raise self._failure from None
+            except BaseException as error:
+                self._failure = error
+                raise
+            return self._hold(read, buffer)
+
+    def finish(self) -> None:
+        """Let the contents end: they check then that the source is still what it was.
+
+        Raises:
+            MismatchError: it changed meanwhile.
+        """
+        left = next(self._windows, None)
+        if left is not None:
+            raise StateError(f"the contents gave row {left.row} that nobody asked for")
+
+    def close(self) -> None:
+        """End the reading ahead; harmless when called again. No channel may be at work."""
+        close = getattr(self._windows, "close", None)
+        if close is not None:
+            close()
+
+    def _hold(self, read: WindowRead, buffer: NDArray[np.uint8]) -> Held:
+        """Copy a window's data, or keep a view that stays."""
+        row = (read.block_index, read.row)
+        data = read.data
+        if data is None:
+            start, length = [0], [len(read.memory)]
+        elif self._live:
+            start, length = data.start.tolist(), data.length.tolist()
+        else:
+            start, length = _joined(data, self._gap_bytes)
+        fill_up = read.block_index in self._filled
+        if self._live and not (fill_up or self._copies):
+            return Held(row, read.memory, start, length)
+        memory = buffer[: len(read.memory)]
+        if fill_up:
+            memory[:] = 0
+        for first, count in zip(start, length, strict=True):
+            memory[first : first + count] = read.memory[first : first + count]
+        if fill_up:
+            start, length = [0], [len(memory)]
+        return Held(row, memory, start, length)
+
+
+def _joined(data: Extents, gap_bytes: int) -> tuple[list[int], list[int]]:
+    """Join extents that are less than ``gap_bytes`` apart: fewer and longer copies.
+
+    For memory that was read from a file only: its gaps hold zeros and cost nothing to read.
+    """
+    if len(data) <= 1:
+        return data.start.tolist(), data.length.tolist()
+    end = data.start + data.length
+    splits = np.flatnonzero(data.start[1:] - end[:-1] >= gap_bytes)
+    start = data.start[np.concatenate([[0], splits + 1])]
+    end = end[np.concatenate([splits, [-1]])]
+    return start.tolist(), (end - start).tolist()

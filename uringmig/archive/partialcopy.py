@@ -1,0 +1,156 @@
+"""A copy on its way to its name: the partial file, and the journal from which it can go on.
+
+The partial file begins with a mark and a token that the journal repeats, until its real first bytes
+are written at the end: so neither is ever taken for something of another copy, and no reader takes
+the partial file for an image. Whoever gives up removes both; only a killed copy leaves them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from uringmig import manifest
+from uringmig.archive import copyjournal
+from uringmig.archive.copyjournal import Chunk, Journal, JournalHeader
+from uringmig.errors import FormatError, StorageError
+from uringmig.options import DirectMode
+from uringmig.storage.mainfile import MainFile
+from uringmig.storage.target import NamedTarget
+
+_MARK: Final = b"uringmig partial"
+_MODE: Final = 0o600
+
+
+class PartialCopy:
+    """The file being written, and what an interrupted copy of the same left durable in it.
+
+    Args:
+        out: the final name.
+        tier: of the image.
+        source: fingerprint of the contents.
+        shape: digest of all that decides where bytes go and how they look.
+        direct: O_DIRECT or not.
+        journal: where the journal is, or goes; None: nothing is resumed.
+
+    Attributes:
+        target: the file's two descriptors.
+        taken_over: chunks that need not be copied again.
+
+    Raises:
+        StateError: the name is taken by something that is not a file.
+        StorageError: the files cannot be made, or another copy writes them.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        *,
+        tier: manifest.Tier,
+        source: str,
+        shape: str,
+        direct: DirectMode,
+        journal: Path | None,
+    ) -> None:
+        self._journal_path = journal
+        self._journal: MainFile | None = None
+        self._journal_end = 0
+        self._header = JournalHeader(
+            tier=tier, source=source, shape=shape, token=os.urandom(copyjournal.TOKEN_BYTES).hex()
+        )
+        former: Journal | None = None
+
+        def keep(main: MainFile) -> bool:
+            # Under the partial file's lock: nobody appends to the journal meanwhile.
+            nonlocal former
+            former = None if journal is None else _load(journal, self._header)
+            return former is not None and main.read_at(0, len(_mark(former))) == _mark(former)
+
+        self.target = NamedTarget(out, mode=direct, sidecar_suffix=manifest.SUFFIX, keep=keep)
+        self.taken_over: tuple[Chunk, ...] = ()
+        if self.target.kept and former is not None:
+            self.taken_over = former.chunks
+            self._header = former.header
+            self._journal_end = former.valid_bytes
+        self._published = False
+        try:
+            self.target.main.write_at(0, _MARK + bytes.fromhex(self._header.token))
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def resumable(self) -> bool:
+        """Whether checkpoints are of any use."""
+        return self._journal_path is not None
+
+    def checkpoint(self, chunks: Sequence[Chunk]) -> None:
+        """Make the file durable, then note that these chunks are.
+
+        Their writes must have completed. Others may be in flight.
+
+        Raises:
+            StorageError: nothing may be said to be safe after this.
+        """
+        if self._journal_path is None:
+            return
+        self.target.main.sync()
+        if self._journal is None:
+            self._journal = _open_journal(self._journal_path)
+            self._journal.set_size(self._journal_end)
+        records = copyjournal.encode_chunks(chunks)
+        if not self._journal_end:
+            records = copyjournal.encode_start(self._header) + records
+        self._journal.write_at(self._journal_end, records)
+        self._journal_end += len(records)
+        self._journal.sync()
+
+    def publish(self, sidecar: bytes) -> str:
+        """Give the durable file its name and remove the journal; returns the manifest's path.
+
+        Raises:
+            StorageError: the name does not exist, or still holds its former content.
+        """
+        path = self.target.publish(sidecar)
+        assert path is not None, "a named target with a sidecar"
+        self._published = True
+        return path
+
+    def close(self) -> None:
+        """Remove the journal, and the partial file unless it was published."""
+        if self._journal is not None:
+            self._journal.close()
+        if self._journal_path is not None:
+            with contextlib.suppress(OSError):
+                self._journal_path.unlink()
+        self.target.close()
+
+
+def _mark(journal: Journal) -> bytes:
+    """What a journal's partial file begins with."""
+    return _MARK + bytes.fromhex(journal.header.token)
+
+
+def _load(path: Path, wanted: JournalHeader) -> Journal | None:
+    """Read a journal, if it is of the same copy."""
+    try:
+        if path.stat().st_size > copyjournal.BYTES_MAX:
+            return None
+        journal = copyjournal.decode(path.read_bytes())
+    except (OSError, FormatError):
+        return None
+    found = journal.header
+    same = (found.tier, found.source, found.shape) == (wanted.tier, wanted.source, wanted.shape)
+    return journal if same and len(found.token) == 2 * copyjournal.TOKEN_BYTES else None
+
+
+def _open_journal(path: Path) -> MainFile:
+    """Open or create the journal."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        return MainFile(os.open(path, flags, _MODE), str(path))
+    except OSError as error:
+        raise StorageError("cannot create", errno=error.errno, path=path) from None
