@@ -12,13 +12,12 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from uringmig.errors import MismatchError, PeerError, StateError
-from uringmig.format.layout import BlockLayout
 from uringmig.image import parse_image, read_bitmap
 from uringmig.memory.mapping import FileMemory
 from uringmig.memory.source import MemorySource
@@ -95,10 +94,10 @@ def load_into(
     where = _uri(path, offset)
     if direct == "required" and channels == 0:
         raise StateError("direct-io needs multifd channels: QEMU ignores it without them")
-    _check_waiting(monitor)
+    check_waiting(monitor)
     with closing(open_for_reading(os.fspath(path))) as main:
         image = parse_image(main, base=offset)
-        _check_machine(monitor, image.configuration.machine)
+        check_machine(monitor, image.configuration.machine)
         check_blocks(image.blocks, monitor.ram_blocks())
         bitmaps = {block.idstr: read_bitmap(main, block) for block in image.blocks}
         notes = _check_fresh(monitor, bitmaps)
@@ -110,8 +109,8 @@ def load_into(
         _set_up(monitor, channels=channels, direct=use_direct)
         started = time.monotonic()
         memory_bytes = sum(block.used_length for block in image.blocks)
-        _start(monitor, where)
-        _wait(monitor, memory_bytes)
+        start_load(monitor, where)
+        wait_for_load(monitor, memory_bytes)
         seconds = time.monotonic() - started
     return LoadResult(
         machine=image.configuration.machine,
@@ -125,7 +124,17 @@ def load_into(
     )
 
 
-def check_blocks(image: Sequence[BlockLayout], host: Sequence[HostBlock]) -> None:
+class SizedBlock(Protocol):
+    """A ramblock that has a name and a size in bytes."""
+
+    @property
+    def idstr(self) -> str: ...  # noqa: D102
+
+    @property
+    def used_length(self) -> int: ...  # noqa: D102
+
+
+def check_blocks(image: Sequence[SizedBlock], host: Sequence[HostBlock]) -> None:
     """Refuse an image whose blocks are not exactly those of the QEMU that is to load it.
 
     QEMU notices neither a length that differs nor a block that is missing (it resizes blocks in
@@ -185,8 +194,12 @@ def _uri(path: str | os.PathLike[str], offset: int) -> str:
     return f"file:{absolute}" + (f"{_OFFSET_WORD}{offset:#x}" if offset else "")
 
 
-def _check_waiting(monitor: Monitor) -> None:
-    """Refuse a QEMU that does not wait for a load, or has already begun one."""
+def check_waiting(monitor: Monitor) -> None:
+    """Refuse a QEMU that does not wait for a load, or has already begun one.
+
+    Raises:
+        PeerError: says in which state it is.
+    """
     run_state = monitor.run_state()
     if run_state != "inmigrate":
         raise PeerError(
@@ -197,8 +210,12 @@ def _check_waiting(monitor: Monitor) -> None:
         raise PeerError(f"QEMU has already begun a load (status {status}); start it again")
 
 
-def _check_machine(monitor: Monitor, machine: str) -> None:
-    """Refuse an image of another machine type; QEMU says so only on its stderr."""
+def check_machine(monitor: Monitor, machine: str) -> None:
+    """Refuse an image of another machine type; QEMU says so only on its stderr.
+
+    Raises:
+        MismatchError: names both.
+    """
     kind = str(monitor.execute("qom-get", path="/machine", property="type"))
     found = kind.removesuffix("-machine")
     if found != machine:
@@ -276,8 +293,12 @@ def _set_up(monitor: Monitor, *, channels: int, direct: bool) -> None:
         monitor.set_parameters(**{"direct-io": direct})
 
 
-def _start(monitor: Monitor, uri: str) -> None:
-    """Begin the load, so that QEMU outlives a failure and can tell it."""
+def start_load(monitor: Monitor, uri: str) -> None:
+    """Begin the load, so that QEMU outlives a failure and can tell it.
+
+    Raises:
+        PeerError: QEMU refuses.
+    """
     try:
         monitor.execute("migrate-incoming", **{"uri": uri, "exit-on-error": False})
     except CommandError as error:
@@ -287,7 +308,7 @@ def _start(monitor: Monitor, uri: str) -> None:
         monitor.execute("migrate-incoming", uri=uri)
 
 
-def _wait(monitor: Monitor, memory_bytes: int) -> None:
+def wait_for_load(monitor: Monitor, memory_bytes: int) -> None:
     """Wait for the end of the load.
 
     Raises:
