@@ -32,6 +32,8 @@ _KINDS: Final = (c.RAM_SAVE_FLAG_PAGE, c.RAM_SAVE_FLAG_ZERO)
 #: How far a run of equal records is looked for at first, and the factor from look to look.
 _LOOK_FIRST: Final = 8
 _LOOK_GROWTH: Final = 8
+#: Records of a run that are taken faster together than one by one.
+_RUN_LEAST: Final = 6
 
 
 class PageIndex:
@@ -100,8 +102,9 @@ class PageIndex:
                 break
             else:
                 self._put_one(idstr, page_offset, ABSENT)
-            last_idstr = idstr
-            position = self._take_run(data, end, origin, idstr, used_lengths[idstr])
+            last_idstr, position = idstr, end
+            if _run_ahead(data, position):
+                position = self._take_run(data, position, origin, idstr, used_lengths[idstr])
         return position, last_idstr
 
     def _take_run(
@@ -110,7 +113,7 @@ class PageIndex:
         """Take records without a name, of equal kind and so of equal length."""
         look = _LOOK_FIRST
         while position + _WORD <= len(data):
-            flags = (data[position + 6] << 8 | data[position + 7]) & _FLAGS
+            flags = _flags_at(data, position)
             stride = _NAMELESS.get(flags)
             if stride is None:
                 break
@@ -132,7 +135,9 @@ class PageIndex:
                 places = np.arange(first, first + count * stride, stride, dtype=np.int64)
             self._put(idstr, page_offsets[:count].astype(np.int64), places)
             position += count * stride
-            look = look * _LOOK_GROWTH if count == look else _LOOK_FIRST
+            if count < look:
+                break
+            look *= _LOOK_GROWTH
         return position
 
     def _put_one(self, idstr: str, page_offset: int, place: int) -> None:
@@ -159,3 +164,23 @@ class PageIndex:
                 row = self._rows[key] = np.zeros(_ROW_PAGES, np.int64)
             # Where a page comes twice in a stretch, numpy keeps the last value.
             row[pages[start:end]] = places[start:end]
+
+
+def _flags_at(data: bytearray, position: int) -> int:
+    """Flags of the word at ``position``."""
+    return (data[position + 6] << 8 | data[position + 7]) & _FLAGS
+
+
+def _run_ahead(data: bytearray, position: int) -> bool:
+    """Say whether records without a name and of one kind seem to follow, enough to pay for numpy.
+
+    Two words are looked at; `PageIndex._take_run` looks at all of them.
+    """
+    if position + _WORD > len(data):
+        return False
+    flags = _flags_at(data, position)
+    stride = _NAMELESS.get(flags)
+    if stride is None:
+        return False
+    later = position + _RUN_LEAST * stride
+    return later + _WORD <= len(data) and _flags_at(data, later) == flags
