@@ -10,8 +10,11 @@ from typing import Any
 from smallguests import OPTIONS, PWRITE, Memories, make_guest, ramblocks_of
 
 from uringmig import MappedRamReader, MappedRamWriter, digest, manifest
+from uringmig.archive.cold import write_cold
 from uringmig.archive.directory import Archive
 from uringmig.archive.entry import Entry
+from uringmig.archive.tier import EntryLabel
+from uringmig.contents.mappedram import MappedRamContents
 from uringmig.storage.publication import Publication
 
 KIB = 1 << 10
@@ -59,4 +62,21 @@ def add_entry(
     """Make a hot entry of a small guest."""
     image = archive.place(name, "hot").image
     publish_hot_image(image, make_guest(seed, ram_bytes=ram_bytes), **fields)
+    return archive.add(image)
+
+
+def add_cold_entry(
+    archive: Archive, name: str, *, seed: int = 0, ram_bytes: int = 512 * KIB, vm: str = "web1"
+) -> Entry:
+    """Make a cold entry of the same guest as `add_entry` with this seed and size."""
+    image = archive.place(name, "cold").image
+    label = EntryLabel(name=name, vm=vm, host="node1")
+    guest = make_guest(seed, ram_bytes=ram_bytes)
+    with tempfile.TemporaryDirectory() as folder:
+        hot = Path(folder) / "image"
+        with MappedRamWriter(hot, ramblocks_of(guest), options=OPTIONS, engine=PWRITE) as writer:
+            writer.write_all()
+            writer.finish()
+        with MappedRamContents(hot) as contents:
+            write_cold(contents, image, options=OPTIONS, label=label, engine=PWRITE)
     return archive.add(image)

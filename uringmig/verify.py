@@ -85,11 +85,11 @@ def verify(
         if expected is None:
             notes.append(f"no {sidecar.name}: structure checked and pages read, nothing compared")
         else:
-            mismatches += _compare_shape(reader, expected)
+            mismatches += compare_shape(reader, expected)
         # With blocks of another shape the digests are of something else altogether.
         digests = None
         if expected is not None and not mismatches:
-            mismatches += _compare_stream(reader, expected)
+            mismatches += compare_stream(reader, expected)
             digests = [block.digests for block in expected.blocks]
         checked, found = _read_windows(reader, digests, options)
         mismatches += sorted(found, key=lambda item: item.offset or 0)
@@ -154,7 +154,7 @@ class VerifyWork:
         if found != expected:
             block = self._reader.image.blocks[window.block_index]
             self._found.append(
-                _window_mismatch(block.idstr, block.pages_offset, row, expected, found)
+                window_mismatch(block.idstr, block.pages_offset, row, expected, found)
             )
 
     def _bits(self, window: Window) -> NDArray[np.bool_]:
@@ -217,11 +217,11 @@ def _compare_zero_windows(
         length = min(WINDOW_BYTES, used_length - row * WINDOW_BYTES)
         zero = digest.zero_digest(length).hex()
         if expected != zero:
-            found.append(_window_mismatch(idstr, pages_offset, row, expected, zero))
+            found.append(window_mismatch(idstr, pages_offset, row, expected, zero))
     return found
 
 
-def _window_mismatch(
+def window_mismatch(
     idstr: str, pages_offset: int, row: int, expected: str, found: str
 ) -> MismatchError:
     """Name one window that differs."""
@@ -248,7 +248,7 @@ def _load_manifest(path: Path) -> manifest.Manifest | None:
         raise StorageError("cannot read", errno=error.errno, path=path) from None
 
 
-def _compare_shape(reader: MappedRamReader, expected: manifest.Manifest) -> list[MismatchError]:
+def compare_shape(reader: MappedRamReader, expected: manifest.Manifest) -> list[MismatchError]:
     """Compare what the manifest says of size, place and pages of everything."""
     image = reader.image
     pairs: list[tuple[str, str | None, object, object]] = [
@@ -284,7 +284,7 @@ def _compare_shape(reader: MappedRamReader, expected: manifest.Manifest) -> list
     ]
 
 
-def _compare_stream(reader: MappedRamReader, expected: manifest.Manifest) -> list[MismatchError]:
+def compare_stream(reader: MappedRamReader, expected: manifest.Manifest) -> list[MismatchError]:
     """Compare headers, bitmaps and device state."""
     found = stream_digest(reader.main, base=reader.image.base, blocks=reader.image.blocks)
     if found == expected.stream_digest:

@@ -125,3 +125,51 @@ def test_what_is_no_entry_is_a_warning_of_reindex(folder: Path) -> None:
     [warning] = done.result()["warnings"]
     assert warning.startswith(f"{folder}/db1.mig.manifest.json: no manifest of an archive's entry")
     assert done.result()["entries"] == 3
+
+
+def test_verify_says_where_rot_is(folder: Path) -> None:
+    done = uringmig("archive", "verify", folder)
+    assert done.code == 0
+    assert "none of 4 entries damaged" in done.out
+    with (folder / "db1.mig").open("r+b") as file:
+        file.seek((1 << 20) + 100)  # in the first page of the first block, whatever it holds
+        file.write(b"rot")
+    with Archive.open(folder, write=False) as archive:
+        entry = archive.find("db1")
+    bad = uringmig("archive", "verify", folder, "-v")
+    good = uringmig("archive", "verify", folder, "web1-1", "web1-2", "--json")
+    assert (good.code, good.result()["damaged"]) == (0, 0)
+    assert bad.code == 3, bad.out
+    assert "db1: damaged in 1 places, 3 of 3 chunks" in bad.out
+    place = "db1: ramblock 'pc.ram': contents differ in chunk 0 (guest bytes from 0x0) at offset "
+    assert f"{place}0x100000" in bad.out
+    assert "1 of 4 entries damaged" in bad.out
+    shown = uringmig("archive", "list", folder)
+    assert [line.split()[-1] for line in shown.out.splitlines()[1:-1]] == [
+        "good", "good", "damaged", "good"
+    ]  # fmt: skip
+    assert entry.condition == "good"
+    # Pruning keeps what is good of a machine, and says of the other that it is all there is.
+    dry = uringmig("archive", "prune", folder, "--vm", "db1", "--keep-last", 1)
+    assert "keep  db1" in dry.out
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--share", "x"], ["--share", "0%"], ["--share", "200%"], ["--time", "soon"], ["--time", 0],
+     ["nobody"]],
+)  # fmt: skip
+def test_verify_refuses_what_makes_no_sense(folder: Path, options: list[object]) -> None:
+    done = uringmig("archive", "verify", folder, *options)
+    assert done.code == 2
+    assert done.out == ""
+
+
+def test_verify_by_share_and_time_goes_on(folder: Path) -> None:
+    done = uringmig("archive", "verify", folder, "db1", "--share", "40%", "--json")
+    assert done.code == 0
+    [entry] = done.result()["entries"]
+    assert (entry["checked_chunks"], entry["pass_ended"]) == (2, False)
+    again = uringmig("archive", "verify", folder, "db1", "--time", "10m", "--json")
+    [entry] = again.result()["entries"]
+    assert (entry["checked_chunks"], entry["pass_ended"]) == (1, True)

@@ -169,15 +169,14 @@ class Catalogue:
         Args:
             name: of the entry.
             cursor: chunks of the pass that are done.
-            verified_at: the pass is over, and nothing was wrong; None keeps what there is.
+            verified_at: the pass over the entry has ended, at this time; it counts if no damage is
+                known then.
             good: chunks whose earlier damage is no longer there.
             damaged: places that are damaged now.
         """
         with self._writing() as connection:
             known = connection.execute(
-                "UPDATE entries SET verify_cursor = ?, verified_at = coalesce(?, verified_at) "
-                "WHERE name = ?",
-                (cursor, verified_at, name),
+                "UPDATE entries SET verify_cursor = ? WHERE name = ?", (cursor, name)
             )
             if known.rowcount:
                 connection.executemany(
@@ -186,6 +185,11 @@ class Catalogue:
                 connection.executemany(
                     "INSERT OR REPLACE INTO damage VALUES (?, ?, ?, ?)",
                     [(name, item.chunk, item.text, item.found_at) for item in damaged],
+                )
+                connection.execute(
+                    "UPDATE entries SET verified_at = coalesce(?, verified_at) WHERE name = ? "
+                    f"AND {_COUNT_DAMAGE} = 0",
+                    (verified_at, name),
                 )
 
     def put_damage(self, name: str, damaged: Iterable[Damage]) -> None:

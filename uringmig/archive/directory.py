@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -170,6 +171,35 @@ class Archive:
             StorageError: it cannot be read.
         """
         return self.catalogue.damage(name) if self._has_catalogue() else []
+
+    def has(self, name: str) -> bool:
+        """Say whether there is an entry of this name now."""
+        return any(entry.name == name for entry in self.entries())
+
+    @property
+    def keeps_checks(self) -> bool:
+        """Whether `note_checked` can keep what it is told."""
+        return self._has_catalogue()
+
+    def note_checked(
+        self,
+        name: str,
+        *,
+        cursor: int,
+        verified_at: str | None,
+        good: Iterable[int],
+        damaged: Iterable[Damage],
+    ) -> None:
+        """Keep what a verification found, see `Catalogue.note_checked`; a reader may do so too.
+
+        Raises:
+            FormatError: the catalogue is damaged.
+            StorageError: it cannot be written.
+        """
+        if self._has_catalogue():
+            self.catalogue.note_checked(
+                name, cursor=cursor, verified_at=verified_at, good=good, damaged=damaged
+            )
 
     def latest_of(self, vm: str, *, tier: Tier | None = "hot") -> Entry | None:
         """The newest entry of a virtual machine that is not known to be damaged, or None."""

@@ -160,7 +160,7 @@ def read_entry(image: Path, *, sidecar: Path | None = None) -> Entry:
     """
     sidecar = sidecar or manifest_path(image)
     try:
-        header = msgspec.json.decode(_read_manifest(sidecar), type=_Header)
+        header = msgspec.json.decode(read_manifest(sidecar), type=_Header)
         created = datetime.fromisoformat(header.created)
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise FormatError(f"{sidecar}: no manifest of an archive's entry: {error}") from None
@@ -189,8 +189,12 @@ def read_entry(image: Path, *, sidecar: Path | None = None) -> Entry:
     )
 
 
-def _read_manifest(path: Path) -> bytes:
-    """Read a regular file of a sane size; a FIFO or a link does not hang or lead elsewhere."""
+def read_manifest(path: Path) -> bytes:
+    """Read a manifest's file: a FIFO does not hang, a link does not lead elsewhere.
+
+    Raises:
+        StorageError: it cannot be read, is no regular file, or is too large to be a manifest.
+    """
     with _accessing(path):
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         with open(fd, "rb") as file:  # noqa: PTH123 - a descriptor

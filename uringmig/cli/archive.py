@@ -10,6 +10,7 @@ from uringmig.cli.archive_list import list_entries
 from uringmig.cli.archive_prune import prune
 from uringmig.cli.archive_reindex import reindex
 from uringmig.cli.archive_show import show
+from uringmig.cli.archive_verify import verify
 
 app: Final = typer.Typer(
     name="archive",
@@ -17,5 +18,5 @@ app: Final = typer.Typer(
     no_args_is_help=True,
 )
 app.command(name="list")(list_entries)
-for _command in (show, prune, reindex):
+for _command in (show, verify, prune, reindex):
     app.command()(_command)

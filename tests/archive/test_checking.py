@@ -1,0 +1,289 @@
+"""Verification of an archive: rot by its place, passes that go on, a page cache left alone."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from archiveentries import add_cold_entry, add_entry
+from smallguests import MIB
+
+from uringmig import MappedRamReader
+from uringmig.archive import checking
+from uringmig.archive.checking import ArchiveCheck, verify_archive
+from uringmig.archive.coldread import open_cold
+from uringmig.archive.directory import Archive
+from uringmig.archive.entry import Entry
+from uringmig.errors import StateError
+from uringmig.options import ReadOptions
+from uringmig.progress import Snapshot
+
+#: Three windows of RAM, then one of video memory and one of ROM.
+RAM = 9 * MIB
+CHUNKS = 5
+TIERS = pytest.mark.parametrize("add", [add_entry, add_cold_entry], ids=["hot", "cold"])
+
+Add = Callable[..., Entry]
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> Iterator[Archive]:
+    with Archive.open(tmp_path / "a", write=True) as archive:
+        yield archive
+
+
+def flip(path: str, offset: int) -> None:
+    """Let one bit on the disk rot."""
+    with Path(path).open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 0x10]))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def place_of(entry: Entry, chunk: int) -> tuple[int, str]:
+    """Offset of a byte that a chunk's digest covers, and of the chunk as it is told."""
+    row = min(chunk, 2)
+    block = max(0, chunk - 2)
+    row = row if block == 0 else 0
+    if entry.tier == "cold":
+        with open_cold(entry.image) as cold:
+            frames = cold.index.frames
+            number = [*zip(frames.block_index, frames.row, strict=True)].index((block, row))
+            return int(frames.offset[number]) + 100, hex(frames.offset[number])
+    with MappedRamReader(entry.image) as reader:
+        info = reader.blocks[block]
+        bits = reader.bitmap(info.idstr)[row * 128 : row * 128 + 128]
+        page = next(n for n in range(len(bits) * 8) if bits[n // 8] >> n % 8 & 1)
+        start = info.layout.pages_offset + row * 4 * MIB
+        return start + page * 4096 + 7, hex(start)
+
+
+@TIERS
+def test_whole_entry_is_good(archive: Archive, add: Add) -> None:
+    add(archive, "one", ram_bytes=RAM)
+    report = verify_archive(archive)
+    [check] = report.entries
+    assert (check.chunks, check.checked_chunks, check.pass_ended) == (CHUNKS, CHUNKS, True)
+    assert report.checked_bytes == RAM + MIB + (128 << 10)
+    assert (report.damaged, report.not_reached, report.notes) == (0, (), ())
+    assert archive.find("one").condition == "good"
+
+
+@TIERS
+@pytest.mark.parametrize("chunk", range(CHUNKS))
+def test_flipped_bit_is_found_by_its_place(archive: Archive, add: Add, chunk: int) -> None:
+    entry = add(archive, "one", ram_bytes=RAM)
+    add(archive, "other", seed=1, ram_bytes=RAM)
+    offset, told = place_of(entry, chunk)
+    flip(entry.image, offset)
+    report = verify_archive(archive)
+    assert report.damaged == 1
+    [damage] = next(check for check in report.entries if check.name == "one").damage
+    assert damage.chunk == chunk
+    idstr = ["pc.ram", "pc.ram", "pc.ram", "vga.vram", "pc.rom"][chunk]
+    row = chunk if chunk < 3 else 0
+    assert damage.text.startswith(f"ramblock {idstr!r}: ")
+    assert f"chunk {row} (guest bytes from {row * 4 * MIB:#x}) at offset {told}" in damage.text
+    assert archive.find("one").condition == "damaged"
+    assert archive.find("other").condition == "good"
+    assert archive.damage("one") == [damage]
+    # What is put right again is good again.
+    flip(entry.image, offset)
+    assert verify_archive(archive).damaged == 0
+    assert archive.find("one").condition == "good"
+    assert archive.damage("one") == []
+
+
+@TIERS
+def test_every_damage_is_found(archive: Archive, add: Add) -> None:
+    entry = add(archive, "one", ram_bytes=RAM)
+    for chunk in (0, 2, 4):
+        flip(entry.image, place_of(entry, chunk)[0])
+    [check] = verify_archive(archive).entries
+    assert sorted(damage.chunk for damage in check.damage) == [0, 2, 4]
+    assert check.checked_chunks == CHUNKS
+
+
+@TIERS
+def test_damage_outside_the_memory_is_found(archive: Archive, add: Add) -> None:
+    entry = add(archive, "one", ram_bytes=RAM)
+    # The last byte belongs to the device state of a hot image, to the index of a cold one.
+    flip(entry.image, entry.file_bytes - 1)
+    report = verify_archive(archive)
+    [damage] = report.entries[0].damage
+    assert damage.chunk == checking.STREAM_CHUNK
+    assert archive.find("one").condition == "damaged"
+    flip(entry.image, entry.file_bytes - 1)
+    assert verify_archive(archive).damaged == 0
+    assert archive.find("one").condition == "good"
+
+
+@TIERS
+def test_image_that_was_cut_or_is_gone_is_damaged(archive: Archive, add: Add) -> None:
+    cut = add(archive, "cut", ram_bytes=RAM)
+    add(archive, "whole", ram_bytes=RAM)
+    os.truncate(cut.image, cut.file_bytes // 2)
+    report = verify_archive(archive)
+    assert report.damaged == 1
+    assert archive.find("cut").condition == "damaged"
+    assert archive.find("whole").condition == "good"
+
+
+def test_manifest_that_rotted_is_damage(archive: Archive) -> None:
+    entry = add_entry(archive, "one", ram_bytes=RAM)
+    text = Path(entry.manifest).read_text()
+    start = text.index('"digests": [') + len('"digests": [')
+    first = text.index('"', start) + 1
+    changed = text[:first] + ("0" if text[first] != "0" else "1") + text[first + 1 :]
+    Path(entry.manifest).write_text(changed)
+    [check] = verify_archive(archive).entries
+    # One window differs from its digest, and the digests from that of the whole guest.
+    assert sorted(damage.chunk for damage in check.damage) == [checking.STREAM_CHUNK, 0]
+
+
+# Passes that go on.
+
+
+def checked(report: ArchiveCheck) -> list[tuple[str, int, bool]]:
+    return [(check.name, check.checked_chunks, check.pass_ended) for check in report.entries]
+
+
+@TIERS
+def test_shares_add_up_to_a_pass(archive: Archive, add: Add) -> None:
+    entry = add(archive, "one", ram_bytes=RAM)
+    flip(entry.image, place_of(entry, 3)[0])
+    assert checked(verify_archive(archive, share=0.4)) == [("one", 2, False)]
+    assert (archive.find("one").condition, archive.find("one").verify_cursor) == ("unchecked", 2)
+    report = verify_archive(archive, share=0.4)
+    assert checked(report) == [("one", 2, False)]
+    assert [damage.chunk for damage in report.entries[0].damage] == [3]
+    assert checked(verify_archive(archive, share=0.4)) == [("one", 1, True)]
+    assert archive.find("one").condition == "damaged"
+    flip(entry.image, place_of(entry, 3)[0])
+    for _ in range(2):
+        verify_archive(archive, share=0.4)
+    assert archive.find("one").condition == "unchecked", "the place is good, the pass goes on"
+    verify_archive(archive, share=0.4)
+    assert archive.find("one").condition == "good"
+
+
+def test_time_limit_stops_and_goes_on_there(
+    archive: Archive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each run is out of time after one slice of two chunks; nothing is looked at twice."""
+    monkeypatch.setattr(checking, "_SLICE_CHUNKS", 2)
+    for name, day in (("a", 1), ("b", 2)):
+        add_entry(archive, name, ram_bytes=RAM, created=f"2026-01-0{day}T00:00:00+00:00")
+    runs = [verify_archive(archive, seconds=1e-9) for _ in range(7)]
+    assert [checked(run)[0] for run in runs] == [
+        ("a", 2, False), ("a", 2, False), ("a", 1, True),
+        ("b", 2, False), ("b", 2, False), ("b", 1, True),
+        ("a", 2, False),
+    ]  # fmt: skip
+    assert runs[0].not_reached == ("b",)
+    assert archive.find("b").condition == "good"
+    # Without a limit all is looked at, from the first chunk.
+    assert sorted(checked(verify_archive(archive))) == [("a", CHUNKS, True), ("b", CHUNKS, True)]
+
+
+def test_run_that_is_killed_goes_on_where_the_catalogue_says(
+    archive: Archive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checking, "_SLICE_CHUNKS", 1)
+    monkeypatch.setattr(checking, "_KEEP_SECONDS", 0)
+    monkeypatch.setattr(checking, "_TELL_SECONDS", 0)
+    add_entry(archive, "one", ram_bytes=RAM)
+
+    def die(snapshot: Snapshot) -> None:
+        if snapshot.finished_bytes > 5 * MIB:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        verify_archive(archive, progress=die)
+    assert archive.find("one").verify_cursor == 1
+    assert checked(verify_archive(archive, share=1)) == [("one", CHUNKS - 1, True)]
+
+
+def test_entries_by_name_and_wrong_arguments(archive: Archive) -> None:
+    for name in ("a", "b"):
+        add_entry(archive, name)
+    assert [check.name for check in verify_archive(archive, names=["b"]).entries] == ["b"]
+    with pytest.raises(StateError, match="no entry 'c'"):
+        verify_archive(archive, names=["c"])
+    for share in (0.0, -0.1, 1.1, float("nan")):
+        with pytest.raises(StateError, match="share"):
+            verify_archive(archive, share=share)
+    with pytest.raises(StateError, match="time limit"):
+        verify_archive(archive, seconds=0)
+
+
+def test_progress_counts_what_was_compared(
+    archive: Archive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checking, "_TELL_SECONDS", 0)
+    entry = add_entry(archive, "one", ram_bytes=RAM)
+    seen: list[Snapshot] = []
+    verify_archive(archive, progress=seen.append)
+    finished = [snapshot.finished_bytes for snapshot in seen]
+    assert finished == sorted(finished)
+    assert (finished[-1], seen[-1].total_bytes) == (entry.memory_bytes, entry.memory_bytes)
+    assert seen[-1].share == 1.0
+
+
+def test_entry_removed_meanwhile_is_no_damage(
+    archive: Archive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checking, "_TELL_SECONDS", 0)
+    for name, day in (("a", 1), ("b", 2)):
+        add_entry(archive, name, created=f"2026-01-0{day}T00:00:00+00:00")
+
+    def prune(_: Snapshot) -> None:
+        if archive.has("b"):
+            archive.remove("b")
+
+    with Archive.open(archive.path, write=False) as reader:
+        report = verify_archive(reader, progress=prune)
+    assert [check.name for check in report.entries] == ["a"]
+    assert report.damaged == 0
+    assert [entry.name for entry in archive.entries()] == ["a"]
+
+
+# The page cache.
+
+
+def resident_bytes(path: str) -> int:
+    """Bytes of a file that are in the page cache."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    size = Path(path).stat().st_size
+    with (
+        Path(path).open("rb") as file,
+        mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ, flags=mmap.MAP_PRIVATE) as mapped,
+    ):
+        view = np.frombuffer(mapped, np.uint8)
+        pages = (ctypes.c_ubyte * -(-size // 4096))()
+        done = libc.mincore(ctypes.c_void_p(view.ctypes.data), ctypes.c_size_t(size), pages)
+        del view
+    assert done == 0, os.strerror(ctypes.get_errno())
+    return 4096 * sum(page & 1 for page in pages)
+
+
+@TIERS
+def test_page_cache_stays_clean(archive: Archive, add: Add) -> None:
+    entry = add(archive, "one", ram_bytes=32 * MIB)
+    with Path(entry.image).open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    assert resident_bytes(entry.image) == 0
+    report = verify_archive(archive, options=ReadOptions(direct="required"))
+    assert report.damaged == 0
+    assert resident_bytes(entry.image) < MIB
+    Path(entry.image).read_bytes()
+    assert resident_bytes(entry.image) > 16 * MIB, "the measure sees what is cached"

@@ -1,0 +1,123 @@
+"""``uringmig archive verify``: entries against their manifests; damage by its place."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from uringmig.archive.checking import ArchiveCheck, EntryCheck, verify_archive
+from uringmig.archive.directory import Archive
+from uringmig.cli import parameters
+from uringmig.cli.session import session_of
+from uringmig.errors import MismatchError, StateError
+from uringmig.options import ReadOptions
+from uringmig.units import format_size, parse_duration
+
+
+def _share(text: str | float) -> float:
+    """A share, as ``10%`` or ``0.1``."""
+    words = str(text).strip()
+    try:
+        return float(words.removesuffix("%")) / (100 if words.endswith("%") else 1)
+    except ValueError:
+        raise typer.BadParameter(f"not a share: {text!r} (write for example 10%)") from None
+
+
+def _seconds(text: str | float) -> float:
+    """A duration, as seconds."""
+    try:
+        return parse_duration(str(text))
+    except StateError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def verify(
+    context: typer.Context,
+    archive: parameters.ArchiveFolder,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="Entries; none is all.")
+    ] = None,
+    share: Annotated[
+        float | None,
+        typer.Option(
+            "--share",
+            parser=_share,
+            metavar="SHARE",
+            help="Only so much of each entry, as 10%, from where the last run stopped.",
+            show_default="all",
+        ),
+    ] = None,
+    seconds: Annotated[
+        float | None,
+        typer.Option(
+            "--time",
+            parser=_seconds,
+            metavar="TIME",
+            help="Stop after this long, as 10m, and go on there the next time.",
+            show_default="no limit",
+        ),
+    ] = None,
+    channels: parameters.Channels = parameters.READ.channels,
+    depth: parameters.Depth = parameters.READ.depth,
+    block_size: parameters.BlockSize = parameters.READ.block_size,
+    engine: parameters.Engine = parameters.READ.engine,
+    direct: parameters.Direct = parameters.READ.direct,
+    rate: parameters.Rate = parameters.READ.rate,
+    json: parameters.Json = False,
+    quiet: parameters.Quiet = False,
+    verbose: parameters.Verbose = False,
+) -> None:
+    """Compare the entries of an archive with their manifests, chunk by chunk."""
+    session = session_of(context, json=json, quiet=quiet, verbose=verbose)
+    output = session.output
+    options = ReadOptions(
+        channels=channels,
+        depth=depth,
+        block_size=block_size,
+        engine=engine,
+        direct=direct,
+        rate=rate,
+    )
+    with Archive.open(archive, write=False) as opened:
+        report = verify_archive(
+            opened,
+            names=names or (),
+            share=share,
+            seconds=seconds,
+            options=options,
+            progress=session.progress,
+        )
+        for problem in opened.notes:
+            output.warn(problem)
+    for note in dict.fromkeys(note for entry in report.entries for note in entry.notes):
+        output.note(note)
+    for note in report.notes:
+        output.warn(note)
+    exit_code = MismatchError.exit_code if report.damaged else output.exit_code
+    output.result("archive verify", report, _lines(report, verbose=verbose), exit_code=exit_code)
+    raise typer.Exit(exit_code)
+
+
+def _lines(report: ArchiveCheck, *, verbose: bool) -> list[str]:
+    """Every damage, each entry on request, and the sum."""
+    lines = []
+    for entry in report.entries:
+        if verbose or entry.damage:
+            lines.append(_line(entry))
+        lines += [f"{entry.name}: {damage.text}" for damage in entry.damage]
+    rate = report.checked_bytes / report.seconds / 1e6 if report.seconds else 0.0
+    lines.append(
+        f"{report.path}: {report.damaged or 'none'} of {len(report.entries)} entries damaged, "
+        f"{format_size(report.checked_bytes)} compared in {report.seconds:.2f} s ({rate:.0f} MB/s)"
+    )
+    if report.not_reached:
+        lines.append(f"no time for {len(report.not_reached)} entries: the next run begins there")
+    return lines
+
+
+def _line(entry: EntryCheck) -> str:
+    """One entry."""
+    state = f"damaged in {len(entry.damage)} places" if entry.damage else "no damage found"
+    rest = "" if entry.pass_ended else ", the rest another time"
+    return f"{entry.name}: {state}, {entry.checked_chunks} of {entry.chunks} chunks{rest}"
