@@ -39,6 +39,7 @@ class Machine:
         memory_bytes: RAM, in bytes.
         shared: file that is the RAM (shared), usually in /dev/shm; made, and removed on leaving.
             None: private RAM that QEMU allocates itself.
+        keep_shared: ``shared`` is there already, is taken with its content, and stays.
         guest: what to boot; None for a machine with nothing to run.
         fill_bytes: how much memory the guest fills.
         paused: start stopped (``-S``).
@@ -61,6 +62,7 @@ class Machine:
         *,
         memory_bytes: int = 128 * MiB,
         shared: Path | None = None,
+        keep_shared: bool = False,
         guest: GuestImage | None = None,
         fill_bytes: int = 0,
         paused: bool = False,
@@ -77,7 +79,7 @@ class Machine:
         steering = folder / "steer.sock"
         with ExitStack() as undo:
             listener = undo.enter_context(_listener(folder / "serial.sock"))
-            if shared is not None:
+            if shared is not None and not keep_shared:
                 undo.callback(shared.unlink, missing_ok=True)
                 # Made here, so that it is fresh: QEMU would take an old file with its content.
                 shared.unlink(missing_ok=True)
