@@ -1,0 +1,200 @@
+"""The targets the project has set itself, each beside what was measured."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from perf.results import Results, Sample, counted, cpu_per_gib, samples_of, throughput_of
+from uringmig.units import MiB, format_size
+
+#: CPU seconds a GiB, as a share of QEMU's, and what the manifest may add.
+CPU_SHARE_MAX: Final = 2 / 3
+MANIFEST_CPU_MAX: Final = 0.12
+PAGE_CACHE_MAX: Final = 8 * MiB
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One target.
+
+    Attributes:
+        met: whether what was measured meets it.
+    """
+
+    target: str
+    measured: str
+    met: bool
+
+
+Choice = Callable[[Sample], bool]
+
+
+def verdicts(results: Results) -> list[Verdict]:
+    """Every target for which there are samples."""
+    dense = _rounds(results, "dense")
+    return [
+        *_at_least(
+            "dense: our best at least 0.97 of fio's best of the same round",
+            _ratio(dense, _ours, _group("fio")), 0.97, "",
+        ),
+        *_at_least(
+            "dense: our best not behind QEMU's best of the same round",
+            _ratio(dense, _ours, _group("qemu")), 1.0, " x",
+        ),
+        *_at_least(
+            "dense: one channel alone at least 0.95 of our best",
+            _ratio(dense, lambda s: _ours(s) and s.settings["channels"] == 1, _ours), 0.95, "",
+        ),
+        *_at_least(
+            "fragmented: at least 8 x QEMU's best",
+            _ratio(_rounds(results, "fragmented"), _ours, _group("qemu")), 8.0, " x",
+        ),
+        *_at_least(
+            "idle, fresh: at least 10 x QEMU's best",
+            _ratio(_rounds(results, "idle"), _ours, _group("qemu")), 10.0, " x",
+        ),
+        *_no_allocation(_rounds(results, "idle")),
+        *_cpu(dense),
+        *_page_cache(results),
+    ]  # fmt: skip
+
+
+def _rounds(results: Results, workload: str) -> list[Sample]:
+    return counted(samples_of(results, "disk", workload, "save"))
+
+
+def _ours(sample: Sample) -> bool:
+    """Our writer as it is meant to be used: io_uring and O_DIRECT, the RAM file as the source."""
+    settings = sample.settings
+    return (
+        sample.group == "uringmig"
+        and settings["engine"] == "io_uring"
+        and settings["direct"] != "off"
+        and settings["route"] == "file"
+        and not settings["manifest"]
+    )
+
+
+def _group(name: str) -> Choice:
+    return lambda sample: sample.group == name
+
+
+def _ratio(samples: Sequence[Sample], first: Choice, second: Choice) -> float | None:
+    """Median over rounds: the best speed of one group by the best of another."""
+    ratios = []
+    for number in sorted({sample.round for sample in samples}):
+        here = [sample for sample in samples if sample.round == number]
+        # What counts is the guest's time, so bytes written do not matter: bridged gaps are ours.
+        best = [
+            max((s.memory_bytes / s.durable_s for s in here if choice(s)), default=0.0)
+            for choice in (first, second)
+        ]
+        if all(best):
+            ratios.append(best[0] / best[1])
+    return statistics.median(ratios) if ratios else None
+
+
+def _at_least(target: str, ratio: float | None, least: float, unit: str) -> list[Verdict]:
+    if ratio is None:
+        return []
+    return [Verdict(target, f"{ratio:.2f}{unit}", ratio >= least)]
+
+
+def _no_allocation(samples: Sequence[Sample]) -> list[Verdict]:
+    ours = [sample.ram_after - sample.ram_before for sample in samples if _ours(sample)]
+    theirs = [s.ram_after - s.ram_before for s in samples if s.group == "qemu"]
+    if not ours:
+        return []
+    beside = f"; QEMU {format_size(max(theirs))}" if theirs else ""
+    return [
+        Verdict(
+            "idle: none of the guest's holes allocated on the host",
+            f"{format_size(max(ours))}{beside}",
+            max(ours) == 0,
+        )
+    ]
+
+
+def _cpu(samples: Sequence[Sample]) -> list[Verdict]:
+    """Processor time beside QEMU's fastest direct-io rival, and what the manifest adds."""
+    by_rival: dict[str, list[Sample]] = {}
+    for sample in samples:
+        by_rival.setdefault(sample.rival, []).append(sample)
+
+    def fastest(choice: Choice) -> list[Sample]:
+        chosen = [runs for runs in by_rival.values() if choice(runs[0])]
+        return min(chosen, key=lambda runs: _median(runs, lambda s: s.durable_s), default=[])
+
+    ours = fastest(_ours)
+    theirs = fastest(lambda s: s.group == "qemu" and bool(s.settings["direct"]))
+    found = []
+    if ours and theirs:
+        share = _median(ours, cpu_per_gib) / _median(theirs, cpu_per_gib)
+        found.append(
+            Verdict(
+                "dense: cpu a GiB at most two thirds of QEMU's fastest direct-io run",
+                f"{share:.2f} ({_median(ours, cpu_per_gib):.3f} s of {ours[0].rival} by "
+                f"{_median(theirs, cpu_per_gib):.3f} s of {theirs[0].rival})",
+                share <= CPU_SHARE_MAX,
+            )
+        )
+    for name, runs in by_rival.items():
+        bare = by_rival.get(name.removesuffix(" +manifest"))
+        if name.endswith(" +manifest") and bare:
+            added = _median(runs, cpu_per_gib) - _median(bare, cpu_per_gib)
+            found.append(
+                Verdict(
+                    f"dense: the manifest adds at most {MANIFEST_CPU_MAX} cpu s a GiB",
+                    f"{added:.3f} s ({name})",
+                    added <= MANIFEST_CPU_MAX,
+                )
+            )
+    return found
+
+
+def _page_cache(results: Results) -> list[Verdict]:
+    """The file's pages in the cache after each of our saves to the disk with O_DIRECT."""
+    known = [
+        sample.cached_bytes
+        for sample in results.samples
+        if sample.target == "disk" and sample.kind == "save" and _ours(sample)
+        if sample.cached_bytes is not None
+    ]
+    if not known:
+        return []
+    return [
+        Verdict(
+            "page cache of the image under 8 MiB after every save of ours",
+            f"at most {format_size(max(known))}",
+            max(known) < PAGE_CACHE_MAX,
+        )
+    ]
+
+
+def _median(samples: Sequence[Sample], value: Callable[[Sample], float]) -> float:
+    return statistics.median(value(sample) for sample in samples)
+
+
+def best_of(samples: Sequence[Sample], choice: Choice) -> tuple[str, float, float, float] | None:
+    """Name, median durable seconds, GB/s and cpu s a GiB of the fastest rival of a choice."""
+    by_rival: dict[str, list[Sample]] = {}
+    for sample in samples:
+        if choice(sample):
+            by_rival.setdefault(sample.rival, []).append(sample)
+    if not by_rival:
+        return None
+    name, runs = min(by_rival.items(), key=lambda item: _median(item[1], lambda s: s.durable_s))
+    return (
+        name,
+        _median(runs, lambda s: s.durable_s),
+        _median(runs, throughput_of) / 1e9,
+        _median(runs, cpu_per_gib),
+    )
+
+
+def is_ours(sample: Sample) -> bool:
+    """Our writer as it is meant to be used."""
+    return _ours(sample)

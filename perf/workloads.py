@@ -1,0 +1,109 @@
+"""Named guests, made in seconds: a file in /dev/shm is the RAM, and this process fills it.
+
+A QEMU started with ``-S`` has that file as its RAM, so it and we are given the same bytes. Zero
+pages of ``fragmented``, ``mixed`` and ``zero`` are written, as in a guest that once used them; in
+``idle`` they are holes, which a look through a mapping would allocate.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final, Literal, Self
+
+import numpy as np
+
+from uringmig.memory.mapping import FileMemory
+from uringmig.options import PAGE_SIZE
+from uringmig.testing.guests import PatternName, fill_pages, nonzero_bits
+from uringmig.units import GiB, align_up
+
+SHM: Final = Path("/dev/shm")
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """A guest's memory by name.
+
+    Attributes:
+        memory_bytes: size of the guest.
+        pattern: which pages are not zero, see `uringmig.testing.guests.nonzero_bits`; ``zero``:
+            none.
+        holes: whether zero pages are holes of the file, or written zeros.
+        what: one line for the report.
+    """
+
+    name: str
+    memory_bytes: int
+    pattern: PatternName | Literal["zero"]
+    holes: bool
+    what: str
+
+    def resized(self, memory_bytes: int) -> Workload:
+        """The same guest with another size, rounded up to whole pages."""
+        return replace(self, memory_bytes=align_up(memory_bytes, PAGE_SIZE))
+
+
+WORKLOADS: Final = {
+    workload.name: workload
+    for workload in (
+        Workload("dense", 4 * GiB, "dense", False, "every page, incompressible"),
+        Workload("grid", GiB, "dense", False, "as dense, smaller: depth by block size"),
+        Workload("fragmented", GiB, "alternate", False, "every other page is zero"),
+        Workload("mixed", 2 * GiB, "mixed", False, "runs and gaps of 1 to 1023 pages, log-uniform"),
+        Workload("idle", 8 * GiB, "idle", True, "about a 32nd touched in runs, the rest holes"),
+        Workload("zero", 2 * GiB, "zero", False, "every page zero, and written"),
+    )
+}
+
+
+class GuestRam:
+    """The file that is a guest's RAM; a context manager that removes it.
+
+    Attributes:
+        path: the file, in /dev/shm.
+        nonzero_pages: pages that are not zero.
+    """
+
+    def __init__(self, workload: Workload, *, seed: int) -> None:
+        self.workload = workload
+        self.path = SHM / f"uringmig-perf-{os.getpid()}-{next(_numbers)}"
+        self.nonzero_pages = 0
+        self._seed = seed
+        self._fresh_bytes = 0
+        self.renew()
+
+    def renew(self) -> None:
+        """Make the file anew, with the same bytes and the same holes."""
+        self.path.unlink(missing_ok=True)
+        self.path.touch(mode=0o600)
+        os.truncate(self.path, self.workload.memory_bytes)
+        pattern, page_count = self.workload.pattern, self.workload.memory_bytes // PAGE_SIZE
+        if pattern == "zero":
+            nonzero = np.zeros(page_count, np.bool_)
+        else:
+            nonzero = nonzero_bits(pattern, page_count=page_count, seed=self._seed)
+        self.nonzero_pages = int(np.count_nonzero(nonzero))
+        with closing(FileMemory(self.path, writable=True)) as memory:
+            fill_pages(memory.view, nonzero, seed=self._seed, write_zeros=not self.workload.holes)
+        self._fresh_bytes = self.allocated_bytes
+
+    @property
+    def allocated_bytes(self) -> int:
+        """What the host has given the guest so far."""
+        return self.path.stat().st_blocks * 512
+
+    def refresh(self) -> None:
+        """Make the file anew if somebody has allocated its holes."""
+        if self.allocated_bytes != self._fresh_bytes:
+            self.renew()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.path.unlink(missing_ok=True)
