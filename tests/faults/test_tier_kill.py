@@ -1,0 +1,152 @@
+"""kill -9 of a copy into an archive: no half image has a name, and the next copy goes on."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from copyserver import CopyServer
+from smallguests import MIB, OPTIONS, check_image, copy_of, left_in, make_guest, ramblocks_of
+
+from uringmig import MappedRamWriter
+from uringmig.archive.cold import open_cold, write_cold
+from uringmig.archive.hot import write_hot
+from uringmig.archive.tier import TierResult
+from uringmig.contents.mappedram import MappedRamContents
+from uringmig.contents.source import Row, WindowRead, row_length
+
+Tier = Literal["hot", "cold"]
+TIERS = pytest.mark.parametrize("tier", ["hot", "cold"])
+
+
+class Counted(MappedRamContents):
+    """Contents that remember what they were asked for."""
+
+    asked: Sequence[Row] = ()
+
+    def windows(self, rows: Sequence[Row]) -> Iterator[WindowRead]:
+        self.asked = list(rows)
+        return super().windows(rows)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[CopyServer]:
+    with CopyServer() as running:
+        yield running
+
+
+class Place:
+    """A source image, and where it is archived."""
+
+    def __init__(self, folder: Path, tier: Tier, *, ram_bytes: int, dense: bool) -> None:
+        self.tier: Tier = tier
+        self.source = folder / "source.mig"
+        self.archive = folder / "archive"
+        self.out = self.archive / "vm"
+        self.journal = self.archive / "vm.journal"
+        self.archive.mkdir()
+        guest = make_guest(ram_bytes=ram_bytes)
+        if dense:  # fewer and longer requests
+            for memory in guest.values():
+                memory[memory == 0] = 1
+        with MappedRamWriter(self.source, ramblocks_of(guest), options=OPTIONS) as writer:
+            writer.write_all()
+            writer.finish()
+        self.guest = copy_of(guest)
+
+    def order(self, **more: int) -> dict[str, str | int]:
+        paths = {"source": str(self.source), "out": str(self.out), "journal": str(self.journal)}
+        return {"tier": self.tier, **paths, **more}
+
+    def copy(self) -> tuple[TierResult, Sequence[Row]]:
+        """Copy to the end, in this process; also the rows that were read."""
+        write = write_hot if self.tier == "hot" else write_cold
+        with Counted(self.source) as contents:
+            result = write(contents, self.out, options=OPTIONS, resume=self.journal)
+            return result, contents.asked
+
+    def check(self) -> None:
+        """The image is whole, page for page."""
+        path = self.out
+        if self.tier == "cold":
+            path = self.archive.parent / "back.mig"
+            with open_cold(self.out) as contents:
+                write_hot(contents, path, options=OPTIONS)
+        check_image(path, self.guest)
+
+    def length_of(self, rows: Sequence[Row]) -> int:
+        """Bytes of guest memory in some rows."""
+        with MappedRamContents(self.source) as contents:
+            return sum(row_length(contents.blocks[block], row) for block, row in rows)
+
+    def clear(self) -> None:
+        for name in left_in(self.archive):
+            (self.archive / name).unlink()
+
+
+@TIERS
+def test_killed_at_every_single_step(tmp_path: Path, server: CopyServer, tier: Tier) -> None:
+    place = Place(tmp_path, tier, ram_bytes=6 * MIB, dense=True)
+    allowed = {"vm.partial", "vm.journal", "vm.manifest.json.partial"}
+    step, published, resumed = 0, 0, 0
+    while True:
+        step += 1
+        server.start(**place.order(step=step))
+        code = server.end()
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+        if place.out.exists():
+            published += 1
+            place.check()
+            assert set(left_in(place.archive)) <= {"vm", "vm.manifest.json"} | allowed
+        else:
+            assert set(left_in(place.archive)) <= allowed
+        result, asked = place.copy()
+        resumed += bool(result.resumed_bytes)
+        assert result.resumed_bytes + place.length_of(asked) == result.memory_bytes
+        assert left_in(place.archive) == ["vm", "vm.manifest.json"]
+        place.check()
+        place.clear()
+    assert step > 20
+    assert published, "never killed between the rename and the end"
+    assert resumed, "never killed after a checkpoint"
+
+
+@TIERS
+def test_killed_at_random_times_and_resumed(tmp_path: Path, server: CopyServer, tier: Tier) -> None:
+    """Killed again and again, each time going on, until one copy comes to its end."""
+    place = Place(tmp_path, tier, ram_bytes=48 * MIB, dense=False)
+    source = random.Random(7)
+    whole, _ = place.copy()
+    expected = place.out.stat().st_size
+    place.clear()
+    resumed = []
+    for _ in range(4):
+        kills = 0
+        while True:
+            pid = server.start(**place.order(rate=24 * MIB))
+            time.sleep(source.uniform(0.1, 0.9))
+            os.kill(pid, signal.SIGKILL)
+            assert server.end() == -signal.SIGKILL
+            assert not place.out.exists()
+            kills += 1
+            if kills == 2:
+                break
+        result, asked = place.copy()
+        resumed.append(result.resumed_bytes)
+        assert result.resumed_bytes + place.length_of(asked) == whole.memory_bytes
+        # What was durable was neither read nor written again.
+        if result.resumed_bytes:
+            assert result.written_bytes < whole.written_bytes
+        assert (place.out.stat().st_size == expected) or tier == "cold"
+        place.check()
+        place.clear()
+    assert max(resumed) > 4 * MIB, "never killed after a checkpoint"
+    assert len(set(resumed)) > 1
