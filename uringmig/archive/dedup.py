@@ -7,6 +7,7 @@ system gives the new file blocks of its own. The image stays a plain file.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -30,6 +31,11 @@ from uringmig.units import align_down, is_aligned
 #: linux/fs.h: FICLONERANGE and struct file_clone_range.
 _FICLONERANGE: Final = 0x4020940D
 _CLONE_RANGE: Final = struct.Struct("=qQQQ")
+#: linux/fs.h: FS_IOC_FSGETXATTR, FS_IOC_FSSETXATTR, struct fsxattr, FS_XFLAG_COWEXTSIZE.
+_FSGETXATTR: Final = 0x801C581F
+_FSSETXATTR: Final = 0x401C5820
+_FSXATTR: Final = struct.Struct("=LLLLL8x")
+_XFLAG_COWEXTSIZE: Final = 0x10000
 #: linux/fiemap.h: FS_IOC_FIEMAP, struct fiemap, struct fiemap_extent.
 _FIEMAP: Final = 0xC020660B
 _FIEMAP_HEADER: Final = struct.Struct("=QQLLLL")
@@ -72,6 +78,7 @@ def clone_pages(previous: Path, layout: ImageLayout, main: MainFile) -> None:
     try:
         areas = {block.idstr: block for block in parse_image(source).blocks}
         block_bytes = os.fstatvfs(main.fd).f_bsize
+        _break_single_blocks(main, block_bytes)
         for place in layout.blocks:
             area = areas.get(place.idstr)
             if area is None or not is_aligned(area.pages_offset, block_bytes):
@@ -172,6 +179,20 @@ def shared_bytes(main: MainFile) -> int:
                 return shared
         if count == 0:
             return shared
+
+
+def _break_single_blocks(main: MainFile, block_bytes: int) -> None:
+    """Ask xfs to give one block for one written block of a shared extent.
+
+    Its default is 128 KiB at a time: 5 % of the pages changed at random took 80 % of the image.
+    Other file systems have no such setting, and need none.
+    """
+    attributes = bytearray(_FSXATTR.size)
+    with contextlib.suppress(OSError):
+        fcntl.ioctl(main.fd, _FSGETXATTR, attributes)
+        flags, extent, count, project, _ = _FSXATTR.unpack(attributes)
+        flags |= _XFLAG_COWEXTSIZE
+        fcntl.ioctl(main.fd, _FSSETXATTR, _FSXATTR.pack(flags, extent, count, project, block_bytes))
 
 
 def _clone(source: MainFile, offset: int, length: int, main: MainFile, to: int) -> None:
