@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uringmig.digest import StreamDigest
-from uringmig.errors import FormatError
+from uringmig.errors import FormatError, StateError
 from uringmig.format.constants import TAIL_BYTES_MAX, VMDESCRIPTION_BYTES_MAX
 from uringmig.format.cursor import BE32
 from uringmig.format.device_state import DeviceState
@@ -70,10 +70,18 @@ def parse_image(file: MainFile, *, base: int = 0) -> ParsedImage:
         base: QEMU's ``offset=``.
 
     Raises:
+        StateError: ``base`` is negative.
         FormatError: it is not a whole mapped-ram image; names block, offset, expected and found.
         StorageError: it cannot be read.
     """
     image = ParsedImage(base=base, file_size=file.size)
+    if base < 0:
+        raise StateError(f"offset {base} is negative")
+    if base > image.file_size:  # perhaps more than the kernel takes for an offset
+        raise FormatError(
+            "stream is cut in its header", offset=base,
+            expected="an offset in the file", found=f"a file of {image.file_size} bytes",
+        )  # fmt: skip
     reader = MainStreamReader(base=base, file_size=image.file_size)
     while not reader.finished:
         data = file.read_at(reader.offset, READ_BYTES)

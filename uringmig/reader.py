@@ -62,6 +62,7 @@ class MappedRamReader:
         engine: an engine of the caller's instead of ``options.engine``; for tests and benches.
 
     Raises:
+        StateError: ``offset`` is negative.
         FormatError: the file breaks a rule, also one that QEMU's loader does not check.
         StorageError: it cannot be read, or O_DIRECT is required and cannot be had.
         HostError: io_uring is required and cannot be had.

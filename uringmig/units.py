@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 from typing import Final
 
 from uringmig.errors import StateError
@@ -13,7 +14,8 @@ GiB: Final = 1 << 30
 TiB: Final = 1 << 40
 
 _FACTORS: Final = {"": 1, "K": KiB, "M": MiB, "G": GiB, "T": TiB}
-_SIZE: Final = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]?)(?:i?B)?", re.IGNORECASE)
+#: Twenty digits are more than any file has bytes, and few enough to be worked with exactly.
+_SIZE: Final = re.compile(r"(\d{1,20}(?:\.\d{1,20})?) ?([KMGT]?)(?:i?B)?", re.IGNORECASE)
 _SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _DURATION: Final = re.compile(r"(?:\d+(?:\.\d+)?[smhd])+")
 
@@ -47,10 +49,10 @@ def parse_size(text: str) -> int:
     match = _SIZE.fullmatch(text.strip())
     if match is None:
         raise StateError(f"not a size: {text!r} (write for example 4096, 512K, 1M, 2G)")
-    size = float(match[1]) * _FACTORS[match[2].upper()]
-    if size != int(size):
+    size = Fraction(match[1]) * _FACTORS[match[2].upper()]
+    if size.denominator != 1:
         raise StateError(f"not a whole number of bytes: {text!r}")
-    return int(size)
+    return size.numerator
 
 
 def format_size(size_bytes: float) -> str:

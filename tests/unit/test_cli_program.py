@@ -96,12 +96,21 @@ def test_verify_without_a_manifest_is_1(own_image: Path) -> None:
         ["verify", "x", "--block-size", "5000"],
         ["verify", "x", "--channels", "0"],
         ["verify", "x", "--offset", "0xzz"],
+        ["verify", "x", "--rate", "9" * 400],
         ["load", "x", "--qmp", "y", "--channels", "256"],
         ["load", "x", "--qmp", "y", "--then", "quit"],
     ],
 )
 def test_usage_is_2(arguments: list[str]) -> None:
     assert uringmig(*arguments).code == 2
+
+
+@pytest.mark.parametrize("offset", ["0x7fffffffffffffff", "0xffffffffffffffffff", "9" * 20])
+def test_an_offset_that_no_file_has_is_3(image: Path, offset: str) -> None:
+    for command in ("inspect", "verify"):
+        done = uringmig(command, image, "--offset", offset)
+        assert done.code == 3
+        assert "expected an offset in the file" in done.err
 
 
 def test_a_hostile_file_is_3(tmp_path: Path, image: Path) -> None:

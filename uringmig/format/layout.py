@@ -111,8 +111,8 @@ def plan_layout(
     """
     check_mapped_ram(configuration)
     _check_blocks(blocks)
-    if base < 0:
-        raise StateError(f"base {base} is negative")
+    if not 0 <= base <= c.FILE_OFFSET_MAX:
+        raise StateError(f"base {base} is not from 0 to {c.FILE_OFFSET_MAX}")
     total_bytes = sum(used_length for _, used_length in blocks)
     start = pack_start(configuration, section_id=section_id, total_bytes=total_bytes)
     position = base + len(start)
