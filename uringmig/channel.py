@@ -29,11 +29,15 @@ from uringmig.storage.choice import EngineChoice
 from uringmig.storage.directfile import DirectFile
 from uringmig.storage.engine import Engine, Operation
 from uringmig.transfer import Transfer
+from uringmig.units import MiB
 
 #: Requests of less than a block may be more than ``depth``, within the same bytes: 4-KiB writes
 #: need about a hundred in flight to keep a disk busy, and fewer channels' worth of tags than 256.
 _SLOTS_PER_DEPTH: Final = 16
 _SLOTS_MAX: Final = 256
+#: Copies of memory that O_DIRECT cannot take where it lies: a block for each slot, so a channel
+#: has no more slots than this many bytes make, unless its depth is more.
+_BOUNCE_BYTES: Final = 16 * MiB
 #: How long one wait lasts before the channel looks whether it should stop.
 _WAIT_NS: Final = 200_000_000
 #: A channel sleeps until this share of what is in flight has completed: seldom enough that waking
@@ -80,14 +84,22 @@ class ChannelFile:
     def make_engine(self, slots: int) -> Engine:
         """Make a channel's engine, in the channel's thread."""
         engine = self.engine.factory(self.file.fd, self.operation, slots)
-        if self.bounce:
+        if not self.bounce:
+            return engine
+        try:
             return BounceEngine(engine, self.operation, self.options.block_size)
-        return engine
+        except BaseException:
+            engine.close()
+            raise
 
     @property
     def slots(self) -> int:
         """Requests a channel may have in flight."""
-        return max(self.options.depth, min(self.options.depth * _SLOTS_PER_DEPTH, _SLOTS_MAX))
+        depth = self.options.depth
+        slots = min(depth * _SLOTS_PER_DEPTH, _SLOTS_MAX)
+        if self.bounce:
+            slots = min(slots, _BOUNCE_BYTES // self.options.block_size)
+        return max(depth, slots)
 
 
 class Pacer:

@@ -1,0 +1,64 @@
+"""Buffers of our own: aligned, bounded, and a machine that has no room for them is told so."""
+
+from __future__ import annotations
+
+import pytest
+from smallguests import MIB, PAGE
+
+from uringmig import HostError, WriteOptions
+from uringmig.channel import ChannelFile
+from uringmig.storage import ring
+from uringmig.storage.buffers import aligned_buffer
+from uringmig.storage.choice import EngineChoice
+from uringmig.storage.directfile import Alignment, DirectFile
+from uringmig.storage.engine import Operation
+from uringmig.storage.ring import RingEngine
+
+
+def channel_file(options: WriteOptions, engine: EngineChoice) -> ChannelFile:
+    """Of memory that has to be copied."""
+    file = DirectFile(-1, direct=True, alignment=Alignment(PAGE, PAGE))
+    return ChannelFile(file, "vm", Operation.WRITE, engine, options, bounce=True)
+
+
+def test_buffer_begins_at_a_page_and_is_zero() -> None:
+    buffer = aligned_buffer(3 * PAGE)
+    assert buffer.ctypes.data % PAGE == 0
+    assert not buffer.any()
+    buffer[:] = 1
+
+
+def test_buffer_that_cannot_be_had_is_the_hosts_fault() -> None:
+    with pytest.raises(HostError, match=f"{1 << 62} bytes.*fewer channels"):
+        aligned_buffer(1 << 62)
+
+
+@pytest.mark.parametrize(
+    ("depth", "block_size", "slots"),
+    [(8, MIB, 16), (1, MIB, 16), (32, MIB, 32), (8, 64 << 10, 128), (8, 4 * MIB, 8)],
+)
+def test_copies_take_sixteen_mebibytes_a_channel_or_the_depth(
+    depth: int, block_size: int, slots: int
+) -> None:
+    options = WriteOptions(depth=depth, block_size=block_size)
+    engine = EngineChoice("io_uring", RingEngine)
+    assert channel_file(options, engine).slots == slots
+
+
+def test_ring_is_closed_if_its_copies_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[RingEngine] = []
+    monkeypatch.setattr(ring.RingEngine, "close", lambda engine: closed.append(engine))
+
+    class Huge(RingEngine):
+        """Says that it takes more than any buffer could serve."""
+
+        def __init__(self, fd: int, operation: Operation, depth: int) -> None:
+            super().__init__(fd, operation, depth)
+            self.depth = 1 << 40
+
+    shared = channel_file(WriteOptions(), EngineChoice("huge", Huge))
+    with pytest.raises(HostError, match="no buffer"):
+        shared.make_engine(8)
+    monkeypatch.undo()
+    [engine] = closed
+    engine.close()
