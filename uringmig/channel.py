@@ -290,8 +290,12 @@ def run_round(
     windows: Sequence[Window],
     make_work: Callable[[ChannelCounters], WindowWork],
     counters: Sequence[ChannelCounters],
+    *,
+    pacer: Pacer | None = None,
 ) -> Generator[None, None, None]:
     """Run one channel per counter over ``windows``; yield now and then until all have drained.
+
+    Rounds that are to keep to one rate together share a ``pacer``; None is one for this round.
 
     Abandoning the iterator, or an exception in its consumer, stops and drains the channels too.
     So does an interrupt, also one that comes while the channels drain: what is in flight uses
@@ -301,7 +305,7 @@ def run_round(
         UringmigError: the first failure of any channel; the others have stopped and drained.
     """
     remaining = deque(windows)
-    pacer = Pacer(shared.options.rate)
+    pacer = pacer or Pacer(shared.options.rate)
     stopping = threading.Event()
     ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
 

@@ -16,7 +16,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from uringmig.channel import ChannelFile, WindowWork, needs_bounce, run_round
+from uringmig.channel import ChannelFile, Pacer, WindowWork, needs_bounce, run_round
 from uringmig.errors import FormatError, StateError
 from uringmig.format.device_state import DeviceState
 from uringmig.format.headers import Configuration
@@ -81,6 +81,7 @@ class MappedRamReader:
         self._options = options
         self._progress = progress
         self._engine = engine or choose_engine(options.engine)
+        self._pacer = Pacer(options.rate)
         self.main = open_for_reading(self.path)
         self._direct = None
         try:
@@ -231,7 +232,7 @@ class MappedRamReader:
                 self._progress(snapshot)
             return snapshot
 
-        for _ in run_round(shared, windows, make_work, counters):
+        for _ in run_round(shared, windows, make_work, counters, pacer=self._pacer):
             yield tell()
         yield tell()
 

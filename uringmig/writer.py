@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uringmig import manifest
-from uringmig.channel import ChannelFile, needs_bounce, run_round
+from uringmig.channel import ChannelFile, Pacer, needs_bounce, run_round
 from uringmig.errors import StateError
 from uringmig.format.compose import compose_setup
 from uringmig.format.device_state import DeviceState
@@ -176,6 +176,7 @@ class MappedRamWriter:
         self._engine = engine or choose_engine(options.engine)
         self._blocks, self._layout = _lay_out(blocks, options, configuration, section_id, base)
         self._counters = [ChannelCounters() for _ in range(options.channels)]
+        self._pacer = Pacer(options.rate)
         self._total_bytes = 0
         self._channels: Generator[None, None, None] | None = None
         self._all_written = False
@@ -386,6 +387,7 @@ class MappedRamWriter:
                 windows,
                 lambda counters: SaveWork(self._blocks, self._options, counters),
                 self._counters,
+                pacer=self._pacer,
             )
             for _ in channels:
                 yield self._tell("write")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,16 @@ from hypothesis import strategies as st
 from imagereader import read_image
 from smallguests import MIB, OPTIONS, PAGE, PWRITE, RING, aligned, left_in, make_guest, ramblocks_of
 
-from uringmig import FileMemory, MappedRamWriter, RamBlock, StateError, WriteOptions, verify
+from uringmig import (
+    FileMemory,
+    MappedRamReader,
+    MappedRamWriter,
+    RamBlock,
+    ReadOptions,
+    StateError,
+    WriteOptions,
+    verify,
+)
 from uringmig.memory.mapping import create_memfd
 from uringmig.storage.choice import EngineChoice
 from uringmig.testing.faults import RequestLog, faulty, recorded
@@ -73,6 +83,27 @@ def test_page_that_became_zero_has_its_bit_cleared_and_back(tmp_path: Path) -> N
     assert image.contents["ram"] == memory.tobytes()
     assert result.pages_set == 254
     assert not verify(tmp_path / "vm").mismatches
+
+
+def test_rounds_keep_to_the_rate_together(tmp_path: Path) -> None:
+    """Each round alone is one batch of a channel and would go at once."""
+    memory = np.full(4 * MIB, 1, np.uint8)
+    options = WriteOptions(channels=1, rate=16 * MIB, manifest=False)
+    with MappedRamWriter(tmp_path / "vm", [RamBlock("ram", memory)], options=options) as writer:
+        writer.write_all()
+        started = time.monotonic()
+        for _ in range(4):
+            writer.write_pages("ram", np.arange(1024))
+        seconds = time.monotonic() - started
+        writer.finish()
+    assert seconds > 0.7, "sixteen mebibytes at sixteen a second"
+    reading = ReadOptions(channels=1, rate=16 * MIB)
+    with MappedRamReader(tmp_path / "vm", options=reading) as reader:
+        started = time.monotonic()
+        for _ in range(4):
+            reader.read_into("ram", memory)
+        assert time.monotonic() - started > 0.5
+    assert memory.all()
 
 
 def test_zero_page_of_a_dense_block_is_written_as_zeros(tmp_path: Path) -> None:
