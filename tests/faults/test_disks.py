@@ -28,6 +28,8 @@ from smallguests import (
 
 from uringmig import MappedRamWriter, StateError, StorageError, WriteOptions, verify
 from uringmig.storage.choice import EngineChoice
+from uringmig.storage.pwrite import PwriteEngine
+from uringmig.testing.faults import faulty
 
 ENGINES = pytest.mark.parametrize("engine", [PWRITE, RING], ids=lambda choice: choice.name)
 
@@ -196,3 +198,24 @@ with MappedRamWriter({str(tmp_path / "vm")!r}, ramblocks_of(make_guest()), optio
     child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert child.returncode == -signal.SIGINT, child.stderr
     assert left_in(tmp_path) == []
+
+
+def test_the_disks_error_is_told_where_clean_up_fails_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file system that goes read-only at its first error lets nothing be removed any more."""
+    factory = faulty(PwriteEngine, lambda _: [-errno.EIO])
+    before = len(list(Path("/proc/self/fd").iterdir()))
+
+    def refuse(path: str) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
+
+    monkeypatch.setattr(os, "unlink", refuse)
+    with pytest.raises(StorageError) as caught:
+        save(tmp_path / "vm", engine=EngineChoice("faulty", factory))
+    monkeypatch.undo()
+    assert caught.value.errno == errno.EIO
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert left_in(tmp_path) == ["vm.partial"]
+    check_image(tmp_path / "vm", save(tmp_path / "vm"))
+    assert left_in(tmp_path) == ["vm", "vm.manifest.json"]

@@ -111,6 +111,37 @@ def test_discard_removes_the_partial_file_only(tmp_path: Path) -> None:
     assert left_in(tmp_path) == ["vm", "vm.json"]
 
 
+def test_partial_file_that_cannot_be_removed_is_let_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a disk that failed and is read-only now: the next writer takes the file over."""
+    publication = Publication(tmp_path / "vm", sidecar=".json")
+
+    def refuse(path: str) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
+
+    monkeypatch.setattr(os, "unlink", refuse)
+    publication.discard()
+    monkeypatch.undo()
+    assert publication.main.fd == -1
+    published(tmp_path / "vm", b"new", None)
+    assert left_in(tmp_path) == ["vm"]
+
+
+@pytest.mark.parametrize("kind", ["link", "fifo"])
+def test_sidecar_goes_into_a_file_of_its_own_or_nowhere(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "precious").write_bytes(b"precious")
+    place = tmp_path / "vm.json.partial"
+    if kind == "link":
+        place.symlink_to(tmp_path / "precious")
+    else:
+        os.mkfifo(place)
+    with pytest.raises(StorageError, match="cannot publish"):
+        published(tmp_path / "vm", b"new", b"{}")
+    assert (tmp_path / "precious").read_bytes() == b"precious"
+    assert not (tmp_path / "vm").exists()
+
+
 def test_lock_is_held_until_the_end_and_not_longer(tmp_path: Path) -> None:
     publication = Publication(tmp_path / "vm", sidecar=".json")
     with (tmp_path / "vm.partial").open() as file, pytest.raises(BlockingIOError):

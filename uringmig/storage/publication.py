@@ -80,9 +80,14 @@ class Publication:
         self._close()
 
     def discard(self) -> None:
-        """Remove the partial file, unless it was published; the final name is not touched."""
+        """Remove the partial file, unless it was published; the final name is not touched.
+
+        Where it cannot be removed (a disk that failed is read-only then) it stays, and the next
+        writer of this name takes it over: the failure that led here is what matters.
+        """
         if self._open:
-            _unlink(self.partial_path)
+            with contextlib.suppress(OSError):
+                _unlink(self.partial_path)
             self._close()
 
     def _close(self) -> None:
@@ -148,8 +153,9 @@ def _open_folder(path: str) -> int:
 
 
 def _write_durable(path: str, data: bytes) -> None:
-    """Write a small file and make it durable."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, _MODE)
+    """Write a small file and make it durable; a link is not followed, a FIFO not waited for."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    fd = os.open(path, flags, _MODE)
     try:
         file = MainFile(fd, path)
         file.write_at(0, data)

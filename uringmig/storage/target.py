@@ -79,8 +79,10 @@ class NamedTarget:
 
     def close(self) -> None:
         """Close both descriptors; remove the partial file if it was not published."""
-        os.close(self.direct.fd)
-        self._publication.discard()
+        try:
+            os.close(self.direct.fd)
+        finally:
+            self._publication.discard()
 
 
 class PassedTarget:
