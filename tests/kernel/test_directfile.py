@@ -155,6 +155,18 @@ def test_save_through_passed_descriptors(tmp_path: Path, pair: tuple[int, int]) 
     assert [path.name for path in tmp_path.iterdir()] == ["passed"]
 
 
+@pytest.mark.parametrize("alignment", [Alignment(0, 0), Alignment(512, 8192)])
+def test_passed_descriptor_without_use_is_refused(
+    pair: tuple[int, int], monkeypatch: pytest.MonkeyPatch, alignment: Alignment
+) -> None:
+    """Zeros are what ext4 says with data=journal, where it opens with O_DIRECT all the same."""
+    os.pwrite(pair[1], b"precious", 0)
+    monkeypatch.setattr(directfile, "probe_alignment", lambda _: alignment)
+    with pytest.raises(StorageError, match="of no use"):
+        MappedRamWriter.on_descriptors(*pair, ramblocks_of(make_guest()), options=OPTIONS)
+    assert os.pread(pair[1], 100, 0) == b"precious"
+
+
 def test_bytes_below_the_base_are_kept(tmp_path: Path, pair: tuple[int, int]) -> None:
     """A file with a header of somebody else's; what stood behind goes."""
     os.pwrite(pair[1], b"header" + b"x" * (40 * MIB), 0)
@@ -202,6 +214,8 @@ def test_wrong_pairs_are_refused_with_what_is_wrong(tmp_path: Path, pair: tuple[
             (direct, opened(os.O_WRONLY), "not open for reading"),
             (direct, 1 << 20, "Bad file descriptor"),
             (direct, write, "not a regular file"),
+            (opened(os.O_RDWR | os.O_DIRECT | os.O_APPEND), main, "O_APPEND"),
+            (direct, opened(os.O_RDWR | os.O_APPEND), "O_APPEND"),
         ]
         for one, another, reason in wrong:
             with pytest.raises(StateError, match=reason):

@@ -106,9 +106,16 @@ def open_direct(
 
 
 def adopt_direct(fd: int) -> DirectFile:
-    """Take a descriptor that the caller opened, as it is; it stays the caller's."""
-    direct = bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)
-    return DirectFile(fd, direct, probe_alignment(fd) if direct else BUFFERED_ALIGNMENT)
+    """Take an O_DIRECT descriptor that the caller opened, as it is; it stays the caller's.
+
+    Raises:
+        StorageError: this file cannot be written with it, such as on ext4 with ``data=journal``.
+    """
+    alignment = probe_alignment(fd)
+    reason = _misfit(alignment)
+    if reason is not None:
+        raise StorageError(f"O_DIRECT of descriptor {fd} is of no use: {reason}")
+    return DirectFile(fd, direct=True, alignment=alignment)
 
 
 def check_pair(direct_fd: int, main_fd: int) -> None:
@@ -129,6 +136,8 @@ def check_pair(direct_fd: int, main_fd: int) -> None:
             raise StateError(f"descriptor {fd}: {error.strerror}") from None
         if flags[-1] & os.O_ACCMODE == os.O_RDONLY:
             raise StateError(f"descriptor {fd} is not open for writing")
+        if flags[-1] & os.O_APPEND:
+            raise StateError(f"descriptor {fd} has O_APPEND; no offset would be kept to")
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise StateError(f"descriptor {fd} is not a regular file's")
     if flags[1] & os.O_ACCMODE != os.O_RDWR:
@@ -173,12 +182,20 @@ def probe_alignment(fd: int) -> Alignment:
     return Alignment(memory=memory, offset=offset)
 
 
-def _objection(fd: int, alignment: Alignment, operation: Operation) -> str | None:
-    """Say why direct I/O cannot serve this file, by its word and by one trial, or None."""
+def _misfit(alignment: Alignment) -> str | None:
+    """Say why direct I/O with this alignment cannot move pages, or None."""
     if alignment.memory == 0 or alignment.offset == 0:
         return "this file system refuses it on this file"
     if alignment.memory > PAGE_SIZE or alignment.offset > PAGE_SIZE:
         return f"it would need {alignment.offset}-byte alignment, and pages are {PAGE_SIZE} bytes"
+    return None
+
+
+def _objection(fd: int, alignment: Alignment, operation: Operation) -> str | None:
+    """Say why direct I/O cannot serve this file, by its word and by one trial, or None."""
+    reason = _misfit(alignment)
+    if reason is not None:
+        return reason
     page = aligned_buffer(PAGE_SIZE)
     try:
         if operation is Operation.WRITE:
