@@ -7,8 +7,10 @@ first, and each piece is named by block and file offset.
 
 from __future__ import annotations
 
+import errno
 import os
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from uringmig.progress import ProgressCallback
 from uringmig.reader import MappedRamReader, plan_reads, zero_clear_pages
 from uringmig.storage.buffers import aligned_buffer
 from uringmig.storage.choice import EngineChoice
+from uringmig.storage.mainfile import open_for_reading
 from uringmig.units import div_ceil
 
 _WINDOW_PAGES = WINDOW_BYTES // PAGE_SIZE
@@ -236,16 +239,18 @@ def window_mismatch(
 
 
 def _load_manifest(path: Path) -> manifest.Manifest | None:
-    """Read the sidecar, if there is one and its size is sane."""
+    """Read the sidecar, if there is one and it is a file of a sane size."""
     try:
-        size = path.stat().st_size
+        file = open_for_reading(os.fspath(path))
+    except StorageError as error:
+        if error.errno == errno.ENOENT:
+            return None
+        raise
+    with closing(file):
+        size = file.size
         if size > manifest.BYTES_MAX:
             raise StorageError(f"larger than {manifest.BYTES_MAX} bytes", path=path)
-        return manifest.decode(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise StorageError("cannot read", errno=error.errno, path=path) from None
+        return manifest.decode(file.read_at(0, size))
 
 
 def compare_shape(reader: MappedRamReader, expected: manifest.Manifest) -> list[MismatchError]:

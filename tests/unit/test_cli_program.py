@@ -167,6 +167,21 @@ def test_storage_is_5(tmp_path: Path) -> None:
         assert done.result()["path"] == str(path)
 
 
+@pytest.mark.parametrize("kind", ["fifo", "endless", "folder"])
+def test_a_manifest_that_is_no_file_is_5(own_image: Path, kind: str) -> None:
+    """Reading it would never end."""
+    sidecar = Path(f"{own_image}.manifest.json")
+    sidecar.unlink()
+    if kind == "fifo":
+        os.mkfifo(sidecar)
+    elif kind == "endless":
+        sidecar.symlink_to("/dev/zero")
+    else:
+        sidecar.mkdir()
+    done = uringmig("verify", own_image)
+    assert (done.code, done.err) == (5, f"uringmig: {sidecar}: not a regular file\n")
+
+
 def test_direct_required_where_there_is_none_is_5_and_preferred_says_so(no_direct: Path) -> None:
     image = write_image(no_direct / "a.mig", MIB)
     assert uringmig("verify", image, "--direct", "required").code == 5
