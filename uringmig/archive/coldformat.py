@@ -176,6 +176,11 @@ def _read_index(cursor: Cursor, header: ColdHeader, length: int) -> ColdIndex:
     at_most("length of the configuration", _CONFIGURATION_BYTES_MAX, size, at=at)
     at = cursor.offset
     configuration = Configuration.unpack(cursor.take(size), at=at)
+    if configuration.capabilities != (c.CAPABILITY_MAPPED_RAM,):
+        raise FormatError(
+            "capabilities of a cold image", offset=at,
+            expected=c.CAPABILITY_MAPPED_RAM, found=configuration.capabilities,
+        )  # fmt: skip
     section_id = cursor.be32()
     at = cursor.offset
     size = cursor.be64()
