@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from smallguests import OPTIONS, PWRITE, Memories, make_guest, ramblocks_of
+from smallguests import MIB, OPTIONS, PWRITE, Memories, make_guest, ramblocks_of
 
 from uringmig import MappedRamReader, MappedRamWriter, digest, manifest
-from uringmig.archive.cold import write_cold
+from uringmig.archive.cold import open_cold, write_cold
 from uringmig.archive.directory import Archive
 from uringmig.archive.entry import Entry
 from uringmig.archive.tier import EntryLabel
@@ -80,3 +81,35 @@ def add_cold_entry(
         with MappedRamContents(hot) as contents:
             write_cold(contents, image, options=OPTIONS, label=label, engine=PWRITE)
     return archive.add(image)
+
+
+def flip(path: str, offset: int) -> None:
+    """Let one bit on the disk rot."""
+    with Path(path).open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 0x10]))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def place_of(entry: Entry, chunk: int) -> tuple[int, str]:
+    """Offset of a byte that a chunk's digest covers, and of the chunk as it is told.
+
+    For entries of 9 MiB of RAM: three chunks, then one of each other block.
+    """
+    row = min(chunk, 2)
+    block = max(0, chunk - 2)
+    row = row if block == 0 else 0
+    if entry.tier == "cold":
+        with open_cold(entry.image) as cold:
+            frames = cold.index.frames
+            number = [*zip(frames.block_index, frames.row, strict=True)].index((block, row))
+            return int(frames.offset[number]) + 100, hex(frames.offset[number])
+    with MappedRamReader(entry.image) as reader:
+        info = reader.blocks[block]
+        bits = reader.bitmap(info.idstr)[row * 128 : row * 128 + 128]
+        page = next(n for n in range(len(bits) * 8) if bits[n // 8] >> n % 8 & 1)
+        start = info.layout.pages_offset + row * 4 * MIB
+        return start + page * 4096 + 7, hex(start)

@@ -157,7 +157,7 @@ class VerifyWork:
         if found != expected:
             block = self._reader.image.blocks[window.block_index]
             self._found.append(
-                window_mismatch(block.idstr, block.pages_offset, row, expected, found)
+                _window_mismatch(block.idstr, block.pages_offset, row, expected, found)
             )
 
     def _bits(self, window: Window) -> NDArray[np.bool_]:
@@ -220,19 +220,23 @@ def _compare_zero_windows(
         length = min(WINDOW_BYTES, used_length - row * WINDOW_BYTES)
         zero = digest.zero_digest(length).hex()
         if expected != zero:
-            found.append(window_mismatch(idstr, pages_offset, row, expected, zero))
+            found.append(_window_mismatch(idstr, pages_offset, row, expected, zero))
     return found
 
 
-def window_mismatch(
+def differing_chunk(row: int) -> str:
+    """Say that a window differs, so that it can be found."""
+    return f"contents differ in chunk {row} (guest bytes from {row * WINDOW_BYTES:#x})"
+
+
+def _window_mismatch(
     idstr: str, pages_offset: int, row: int, expected: str, found: str
 ) -> MismatchError:
     """Name one window that differs."""
-    start = row * WINDOW_BYTES
     return MismatchError(
-        f"contents differ in chunk {row} (guest bytes from {start:#x})",
+        differing_chunk(row),
         block=idstr,
-        offset=pages_offset + start,
+        offset=pages_offset + row * WINDOW_BYTES,
         expected=expected,
         found=found,
     )

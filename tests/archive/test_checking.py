@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
-from archiveentries import add_cold_entry, add_entry
+from archiveentries import add_cold_entry, add_entry, flip, place_of
+from pagecache import drop, resident_bytes
 from smallguests import MIB
 
-from uringmig import MappedRamReader
 from uringmig.archive import checking
 from uringmig.archive.checking import ArchiveCheck, verify_archive
-from uringmig.archive.coldread import open_cold
 from uringmig.archive.directory import Archive
 from uringmig.archive.entry import Entry
 from uringmig.errors import StateError
@@ -35,35 +31,6 @@ Add = Callable[..., Entry]
 def archive(tmp_path: Path) -> Iterator[Archive]:
     with Archive.open(tmp_path / "a", write=True) as archive:
         yield archive
-
-
-def flip(path: str, offset: int) -> None:
-    """Let one bit on the disk rot."""
-    with Path(path).open("r+b") as file:
-        file.seek(offset)
-        byte = file.read(1)[0]
-        file.seek(offset)
-        file.write(bytes([byte ^ 0x10]))
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def place_of(entry: Entry, chunk: int) -> tuple[int, str]:
-    """Offset of a byte that a chunk's digest covers, and of the chunk as it is told."""
-    row = min(chunk, 2)
-    block = max(0, chunk - 2)
-    row = row if block == 0 else 0
-    if entry.tier == "cold":
-        with open_cold(entry.image) as cold:
-            frames = cold.index.frames
-            number = [*zip(frames.block_index, frames.row, strict=True)].index((block, row))
-            return int(frames.offset[number]) + 100, hex(frames.offset[number])
-    with MappedRamReader(entry.image) as reader:
-        info = reader.blocks[block]
-        bits = reader.bitmap(info.idstr)[row * 128 : row * 128 + 128]
-        page = next(n for n in range(len(bits) * 8) if bits[n // 8] >> n % 8 & 1)
-        start = info.layout.pages_offset + row * 4 * MIB
-        return start + page * 4096 + 7, hex(start)
 
 
 @TIERS
@@ -259,29 +226,10 @@ def test_entry_removed_meanwhile_is_no_damage(
 # The page cache.
 
 
-def resident_bytes(path: str) -> int:
-    """Bytes of a file that are in the page cache."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    size = Path(path).stat().st_size
-    with (
-        Path(path).open("rb") as file,
-        mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ, flags=mmap.MAP_PRIVATE) as mapped,
-    ):
-        view = np.frombuffer(mapped, np.uint8)
-        pages = (ctypes.c_ubyte * -(-size // 4096))()
-        done = libc.mincore(ctypes.c_void_p(view.ctypes.data), ctypes.c_size_t(size), pages)
-        del view
-    assert done == 0, os.strerror(ctypes.get_errno())
-    return 4096 * sum(page & 1 for page in pages)
-
-
 @TIERS
 def test_page_cache_stays_clean(archive: Archive, add: Add) -> None:
     entry = add(archive, "one", ram_bytes=32 * MIB)
-    with Path(entry.image).open("rb") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    assert resident_bytes(entry.image) == 0
+    drop(entry.image)
     report = verify_archive(archive, options=ReadOptions(direct="required"))
     assert report.damaged == 0
     assert resident_bytes(entry.image) < MIB

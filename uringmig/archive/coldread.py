@@ -165,6 +165,11 @@ class ColdContents:
         value: bytes = self.index.frames.memory_digest[number].tobytes()
         return value
 
+    def frame_offset(self, row: Row) -> int | None:
+        """Where a window's frame is in the file; None for a window of zeros, which has none."""
+        number = self._frame_of.get(row)
+        return None if number is None else int(self.index.frames.offset[number])
+
     def close(self) -> None:
         """Close both descriptors; harmless when called again."""
         if self._direct is not None:

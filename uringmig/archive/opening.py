@@ -14,9 +14,10 @@ from uringmig.archive.coldread import open_cold
 from uringmig.archive.entry import Entry, read_manifest
 from uringmig.contents.mappedram import MappedRamContents
 from uringmig.contents.source import Contents, Row, WindowRead
+from uringmig.contents.streaming import Digests, window_digest
 from uringmig.errors import FormatError, MismatchError
 from uringmig.options import WINDOW_BYTES, ReadOptions
-from uringmig.verify import compare_shape, compare_stream, window_mismatch
+from uringmig.verify import compare_shape, compare_stream, differing_chunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,14 +27,14 @@ class OpenedEntry:
     Attributes:
         contents: its memory; windows are not compared with the manifest by themselves.
         stream_damage: what differs outside the windows.
-        expected: hex digest of a window, by the manifest.
-        offset: where a window's bytes are in the image's file.
+        digests: of every row of every block, by the manifest.
+        offset_of: where a row is in the image's file; None where it has no place.
     """
 
     contents: Contents
     stream_damage: tuple[MismatchError, ...]
-    expected: Callable[[Row], str]
-    offset: Callable[[Row], int]
+    digests: Digests
+    offset_of: Callable[[Row], int | None]
 
     def __enter__(self) -> Self:
         return self
@@ -48,23 +49,61 @@ class OpenedEntry:
 
     def mismatch(self, window: WindowRead) -> MismatchError | None:
         """Compare a window with the manifest's word; None is: it is what was saved."""
-        found = _digest_of(window)
-        row = (window.block_index, window.row)
-        expected = self.expected(row)
+        found = window_digest(window).hex()
+        expected = self.digests[window.block_index][window.row]
         if found == expected:
             return None
-        idstr = self.contents.blocks[window.block_index].idstr
-        start = self.offset(row) - window.row * WINDOW_BYTES
-        return window_mismatch(idstr, start, window.row, expected, found)
+        return MismatchError(
+            differing_chunk(window.row),
+            block=self.contents.blocks[window.block_index].idstr,
+            offset=self.offset_of((window.block_index, window.row)),
+            expected=expected,
+            found=found,
+        )
 
-    def checked_windows(self, rows: Sequence[Row]) -> Iterator[WindowRead]:
-        """As the contents' `windows`, each compared before it is handed out.
+
+class CheckedContents:
+    """An opened entry as contents that give only what its manifest says; see `Contents`.
+
+    Raises:
+        MismatchError: something outside the windows differs.
+    """
+
+    def __init__(self, opened: OpenedEntry) -> None:
+        if opened.stream_damage:
+            raise opened.stream_damage[0]
+        self._opened = opened
+        contents = self._contents = opened.contents
+        self.kind = contents.kind
+        self.path = contents.path
+        self.configuration = contents.configuration
+        self.section_id = contents.section_id
+        self.blocks = contents.blocks
+        self.notes = contents.notes
+        self.device_state = contents.device_state
+        self.stored_bytes = contents.stored_bytes
+        self.fingerprint = contents.fingerprint
+        self.close = contents.close
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def windows(self, rows: Sequence[Row]) -> Iterator[WindowRead]:
+        """See `Contents`; each window is compared before it is handed out.
 
         Raises:
             MismatchError: one is not what was saved; or as for the contents.
         """
-        for window in self.contents.windows(rows):
-            mismatch = self.mismatch(window)
+        for window in self._contents.windows(rows):
+            mismatch = self._opened.mismatch(window)
             if mismatch is not None:
                 raise mismatch
             yield window
@@ -105,8 +144,8 @@ def _open_hot(entry: Entry, options: ReadOptions) -> OpenedEntry:
     return OpenedEntry(
         contents,
         tuple(damage),
-        expected=lambda row: digests[row[0]][row[1]],
-        offset=lambda row: areas[row[0]] + row[1] * WINDOW_BYTES,
+        digests,
+        offset_of=lambda row: areas[row[0]] + row[1] * WINDOW_BYTES,
     )
 
 
@@ -130,8 +169,8 @@ def _open_cold(entry: Entry, options: ReadOptions) -> OpenedEntry:
     return OpenedEntry(
         contents,
         tuple(damage),
-        expected=lambda row: digests[row[0]][row[1]],
-        offset=lambda row: row[1] * WINDOW_BYTES,
+        digests,
+        offset_of=contents.frame_offset,
     )
 
 
@@ -159,13 +198,3 @@ def _compare_content(
             found=found,
         )
     ]
-
-
-def _digest_of(window: WindowRead) -> str:
-    """Digest of a window's memory, of which only what may be nonzero is read."""
-    if window.data is None:
-        return digest.window_digest(window.memory).hex()
-    if not len(window.data.start):
-        return digest.zero_digest(len(window.memory)).hex()
-    start, length = window.data.start.tolist(), window.data.length.tolist()
-    return digest.sparse_digest(window.memory, start, length).hex()

@@ -9,6 +9,7 @@ import typer
 from uringmig.cli.archive_list import list_entries
 from uringmig.cli.archive_prune import prune
 from uringmig.cli.archive_reindex import reindex
+from uringmig.cli.archive_restore import restore
 from uringmig.cli.archive_show import show
 from uringmig.cli.archive_verify import verify
 
@@ -18,5 +19,5 @@ app: Final = typer.Typer(
     no_args_is_help=True,
 )
 app.command(name="list")(list_entries)
-for _command in (show, verify, prune, reindex):
+for _command in (show, verify, restore, prune, reindex):
     app.command()(_command)

@@ -1,0 +1,238 @@
+"""An entry back as a file or into a QEMU, every window compared with its manifest on its way.
+
+What differs ends the restore before anything is published or a guest is started: a restored image
+is whole and what was saved, or it is not there.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+from uringmig import manifest
+from uringmig.archive.directory import Archive
+from uringmig.archive.hot import write_hot
+from uringmig.archive.opening import CheckedContents, open_entry
+from uringmig.archive.tier import EntryLabel
+from uringmig.contents.streaming import plain_pieces
+from uringmig.errors import StateError
+from uringmig.options import PAGE_SIZE, WINDOW_BYTES, ReadOptions, WriteOptions
+from uringmig.progress import ChannelCounters, Phase, ProgressCallback, take_snapshot
+from uringmig.qemu.monitor import Monitor
+from uringmig.qemu.streamload import StreamLoad, stream_into
+from uringmig.storage.buffers import aligned_buffer
+from uringmig.storage.mainfile import MainFile
+from uringmig.storage.target import NamedTarget
+from uringmig.units import align_down
+
+OutputFormat = Literal["hot", "plain"]
+_TELL_SECONDS: Final = 0.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestoreResult:
+    """A restored file; sizes in bytes.
+
+    Attributes:
+        name: of the entry.
+        path: the file.
+        output: ``hot``, a mapped-ram image; or ``plain``, a migration stream.
+        memory_bytes: guest memory, all of it compared.
+        content_digest: of the whole guest.
+        notes: what the operator should know, one line each.
+    """
+
+    name: str
+    path: str
+    output: OutputFormat
+    memory_bytes: int
+    file_bytes: int
+    content_digest: str
+    seconds: float
+    notes: tuple[str, ...]
+
+
+def restore_file(
+    archive: Archive,
+    name: str,
+    out: str | os.PathLike[str],
+    *,
+    output: OutputFormat = "hot",
+    read: ReadOptions = ReadOptions(),  # noqa: B008 - frozen
+    write: WriteOptions = WriteOptions(),  # noqa: B008 - frozen
+    progress: ProgressCallback | None = None,
+) -> RestoreResult:
+    """Write an entry as a file, without a temporary copy; it appears whole or not at all.
+
+    Args:
+        archive: open for reading or writing.
+        name: of the entry.
+        out: the file's final name, outside the archive.
+        output: ``hot`` is a mapped-ram image with its manifest, as `write_hot` makes it; ``plain``
+            a plain migration stream, which any QEMU loads.
+        read: how the entry is read.
+        write: how the file is written.
+        progress: called with a `Snapshot` about ten times a second.
+
+    Raises:
+        StateError: no such entry, or a name for the file that cannot be.
+        MismatchError: the entry is not what was saved; nothing is published.
+        FormatError: image or manifest breaks a rule of its format.
+        StorageError: reading or writing failed; nothing is published.
+        HostError: io_uring is required and cannot be had.
+    """
+    entry = archive.find(name)
+    path = Path(out).absolute()
+    if path.parent == archive.path:
+        raise StateError(f"{path} would be in the archive itself; restore to another folder")
+    started = time.monotonic()
+    with open_entry(entry, options=read) as opened:
+        contents = CheckedContents(opened)
+        if output == "hot":
+            label = EntryLabel(
+                name=entry.name,
+                vm=entry.vm,
+                host=entry.host,
+                source_kind=entry.source_kind,
+                source_path=entry.source_path,
+            )
+            done = write_hot(contents, path, options=write, label=label, progress=progress)
+            size, notes = done.file_bytes, done.notes
+        else:
+            size, notes = _write_plain(contents, path, write, progress)
+    return RestoreResult(
+        name=name,
+        path=str(path),
+        output=output,
+        memory_bytes=entry.memory_bytes,
+        file_bytes=size,
+        content_digest=entry.content_digest,
+        seconds=time.monotonic() - started,
+        notes=tuple(dict.fromkeys((*contents.notes, *notes))),
+    )
+
+
+def restore_into(
+    archive: Archive,
+    name: str,
+    monitor: Monitor,
+    *,
+    read: ReadOptions = ReadOptions(),  # noqa: B008 - frozen
+    progress: ProgressCallback | None = None,
+) -> StreamLoad:
+    """Stream an entry into a waiting QEMU; see `stream_into`.
+
+    Args:
+        archive: open for reading or writing.
+        name: of the entry.
+        monitor: of a QEMU started with ``-incoming defer``.
+        read: how the entry is read.
+        progress: called with a `Snapshot` about ten times a second.
+
+    Raises:
+        StateError: no such entry.
+        MismatchError: the entry is not what was saved, or not of this QEMU's machine; no guest has
+            started.
+        FormatError: image or manifest breaks a rule of its format.
+        StorageError: it cannot be read.
+        PeerError: QEMU does not wait for a load, refused, failed, or went away.
+    """
+    with open_entry(archive.find(name), options=read) as opened:
+        # Its windows are compared by who sends them.
+        CheckedContents(opened)
+        return stream_into(monitor, opened.contents, digests=opened.digests, progress=progress)
+
+
+def _write_plain(
+    contents: CheckedContents,
+    path: Path,
+    options: WriteOptions,
+    progress: ProgressCallback | None,
+) -> tuple[int, tuple[str, ...]]:
+    """Write a plain stream; return its length and notes."""
+    target = NamedTarget(path, mode=options.direct, sidecar_suffix=manifest.SUFFIX)
+    try:
+        file = _StreamFile(target, contents, progress)
+        with closing(plain_pieces(contents)) as pieces:
+            for piece in pieces:
+                file.append(piece)
+        size = file.finish()
+        target.publish(None)
+    finally:
+        target.close()
+    note = target.direct.note
+    return size, () if note is None else (note,)
+
+
+class _StreamFile:
+    """A file written from its beginning to its end, in whole windows, without the page cache."""
+
+    def __init__(
+        self, target: NamedTarget, contents: CheckedContents, progress: ProgressCallback | None
+    ) -> None:
+        self._target = target
+        self._direct = MainFile(target.direct.fd, target.path)
+        self._total_bytes = contents.stored_bytes()
+        self._progress = progress
+        self._buffer = aligned_buffer(WINDOW_BYTES)
+        self._filled = 0
+        self._written = 0
+        self._counters = ChannelCounters()
+        self._started = self._told_at = time.monotonic()
+
+    def append(self, piece: memoryview) -> None:
+        """Add a piece; it is copied.
+
+        Raises:
+            StorageError: a write failed.
+        """
+        while len(piece):
+            count = min(len(piece), len(self._buffer) - self._filled)
+            self._buffer.data[self._filled : self._filled + count] = piece[:count]
+            self._filled += count
+            piece = piece[count:]
+            if self._filled == len(self._buffer):
+                self._flush(self._filled)
+                self._filled = 0
+
+    def finish(self) -> int:
+        """Write the rest and make all of it durable; return the file's length.
+
+        Raises:
+            StorageError: nothing may be said to be safe after this.
+        """
+        whole = align_down(self._filled, PAGE_SIZE)
+        self._flush(whole)
+        main = self._target.main
+        main.write_at(self._written, self._buffer[whole : self._filled].data)
+        self._tell("sync")
+        main.sync()
+        main.drop_cache()
+        self._tell("publish")
+        return main.size
+
+    def _flush(self, length: int) -> None:
+        """Write the beginning of the buffer."""
+        self._direct.write_at(self._written, self._buffer[:length].data)
+        self._written += length
+        self._counters.completed_bytes = self._written
+        self._counters.finished_bytes = min(self._written, self._total_bytes)
+        if time.monotonic() - self._told_at >= _TELL_SECONDS:
+            self._tell("write")
+
+    def _tell(self, phase: Phase) -> None:
+        """Hand a snapshot to whoever looks on."""
+        self._told_at = time.monotonic()
+        if self._progress is not None:
+            self._progress(
+                take_snapshot(
+                    phase,
+                    [self._counters],
+                    total_bytes=self._total_bytes,
+                    seconds=self._told_at - self._started,
+                )
+            )

@@ -1,0 +1,115 @@
+"""``uringmig archive restore``: an entry to a file, or into a QEMU that waits."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Annotated, Final, Literal
+
+import typer
+
+from uringmig.archive.directory import Archive
+from uringmig.archive.restoring import RestoreResult, restore_file, restore_into
+from uringmig.cli import parameters
+from uringmig.cli.session import Session, session_of
+from uringmig.errors import StateError
+from uringmig.options import ReadOptions, TransferOptions, WriteOptions
+from uringmig.qemu.monitor import Monitor
+from uringmig.qemu.streamload import StreamLoad
+from uringmig.units import format_size
+
+#: Options that hold for both ends of a copy.
+_SHARED: Final = tuple(field.name for field in fields(TransferOptions))
+
+
+def restore(
+    context: typer.Context,
+    archive: parameters.ArchiveFolder,
+    name: parameters.EntryName,
+    out: Annotated[
+        Path | None, typer.Argument(help="The file's final name.", show_default=False)
+    ] = None,
+    qmp: Annotated[
+        Path | None,
+        typer.Option(
+            "--qmp",
+            metavar="SOCKET",
+            help="QMP socket of a QEMU that waits (-incoming defer).",
+            show_default=False,
+        ),
+    ] = None,
+    output_format: Annotated[
+        Literal["hot", "plain"],
+        typer.Option("--as", help="A mapped-ram image, or a plain stream that any QEMU loads."),
+    ] = "hot",
+    then: Annotated[
+        Literal["cont", "leave"],
+        typer.Option("--then", help="Afterwards let the guest run, or leave it as QEMU has it."),
+    ] = "leave",
+    channels: parameters.Channels = parameters.READ.channels,
+    depth: parameters.Depth = parameters.READ.depth,
+    block_size: parameters.BlockSize = parameters.READ.block_size,
+    engine: parameters.Engine = parameters.READ.engine,
+    direct: parameters.Direct = parameters.READ.direct,
+    rate: parameters.Rate = parameters.READ.rate,
+    json: parameters.Json = False,
+    quiet: parameters.Quiet = False,
+    verbose: parameters.Verbose = False,
+) -> None:
+    """Restore an entry to a file or a waiting QEMU, compared with its manifest on the way."""
+    session = session_of(context, json=json, quiet=quiet, verbose=verbose)
+    if (out is None) == (qmp is None):
+        raise StateError("say where to: a file, or --qmp with the socket of a waiting QEMU")
+    read = ReadOptions(
+        channels=channels,
+        depth=depth,
+        block_size=block_size,
+        engine=engine,
+        direct=direct,
+        rate=rate,
+    )
+    with Archive.open(archive, write=False) as opened:
+        if qmp is not None:
+            done: RestoreResult | StreamLoad = _into(opened, name, qmp, then, read, session)
+        else:
+            assert out is not None
+            write = WriteOptions(**{field: getattr(read, field) for field in _SHARED})
+            done = restore_file(
+                opened,
+                name,
+                out,
+                output=output_format,
+                read=read,
+                write=write,
+                progress=session.progress,
+            )
+    for note in done.notes:
+        session.output.note(note)
+    session.output.result("archive restore", done, _lines(name, done))
+    raise typer.Exit(session.output.exit_code)
+
+
+def _into(
+    archive: Archive, name: str, qmp: Path, then: str, read: ReadOptions, session: Session
+) -> StreamLoad:
+    """Load into a QEMU, and let the guest run if asked to."""
+    with Monitor(qmp) as monitor:
+        done = restore_into(archive, name, monitor, read=read, progress=session.progress)
+        if then == "cont" and done.run_state != "running":
+            monitor.execute("cont")
+            done = replace(done, run_state=monitor.run_state())
+    return done
+
+
+def _lines(name: str, done: RestoreResult | StreamLoad) -> list[str]:
+    """What a person wants to know of a restore."""
+    rate = done.memory_bytes / done.seconds / 1e6 if done.seconds else 0.0
+    memory = format_size(done.memory_bytes)
+    how = f"{memory} of memory compared in {done.seconds:.2f} s ({rate:.0f} MB/s)"
+    if isinstance(done, StreamLoad):
+        return [
+            f"loaded {name}: {how}, {format_size(done.stream_bytes)} sent, machine {done.machine}",
+            f"the guest is {done.run_state}",
+        ]
+    kind = "mapped-ram image" if done.output == "hot" else "plain stream"
+    return [f"restored {name} to {done.path}: {how}, {kind} of {format_size(done.file_bytes)}"]
