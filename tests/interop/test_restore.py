@@ -123,6 +123,8 @@ def test_refused_before_anything_happened(
 
     with pytest.raises(StateError, match=",offset="):
         load(waiting, tmp_path / "a,offset=5")
+    with pytest.raises(StateError, match="not UTF-8"):
+        load(waiting, tmp_path / os.fsdecode(b"\xff"))
     with pytest.raises(StateError, match="needs multifd"):
         load_into(waiting.monitor, saved_guest.image, channels=0, direct="required")
 

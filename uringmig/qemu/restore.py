@@ -189,6 +189,8 @@ def _uri(path: str | os.PathLike[str], offset: int) -> str:
     absolute = os.path.abspath(path)  # noqa: PTH100 - links stay: QEMU shows this name in its errors
     if _OFFSET_WORD in absolute:
         raise StateError(f"QEMU cannot load from a path with {_OFFSET_WORD!r} in it: {absolute}")
+    if any("\ud800" <= character <= "\udfff" for character in absolute):
+        raise StateError(f"QEMU cannot be told a path that is not UTF-8: {absolute!a}")
     if offset < 0:
         raise StateError(f"offset must not be negative: {offset}")
     return f"file:{absolute}" + (f"{_OFFSET_WORD}{offset:#x}" if offset else "")
