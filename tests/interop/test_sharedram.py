@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from realguest import StartMachine, save_by_qemu, shared_path
 from uringmig.errors import PeerError, StorageError
 from uringmig.memory.mapping import FileMemory
 from uringmig.progress import Snapshot
+from uringmig.qemu import sharedram
+from uringmig.qemu.monitor import Monitor
 from uringmig.qemu.restore import load_into
 from uringmig.qemu.sharedram import Then, save_shared
 from uringmig.testing.guestimage import GuestImage
@@ -171,6 +174,55 @@ def test_qemu_dies_during_the_save(start_machine: StartMachine, tmp_path: Path) 
     with pytest.raises(PeerError, match="went away"):
         save_shared(machine.monitor, out, progress=lambda _: machine.kill())
     assert_nothing_left(out)
+
+
+def test_settings_that_are_not_taken_back_leave_the_guest_as_asked(
+    start_machine: StartMachine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The image is done, with a warning; the guest does not stand still for that."""
+    machine = start_machine(memory_bytes=SMALL_BYTES, shared=shared_path())
+
+    def refuse(*_: object) -> None:
+        raise PeerError("not taken back")
+
+    monkeypatch.setattr(machine.monitor, "_put_back", refuse)
+    result = save_shared(machine.monitor, tmp_path / "vm.mig", then="cont")
+    assert result.state_after == machine.monitor.run_state() == "running"
+    [note] = result.notes
+    assert "durable, but: not taken back" in note
+
+
+def test_guest_that_went_on_is_not_quit(start_machine: StartMachine, tmp_path: Path) -> None:
+    """Another client cancels when the memory is read: the image is whole, the guest runs on."""
+    machine = start_machine(memory_bytes=SMALL_BYTES, shared=shared_path())
+
+    def cancel(snapshot: Snapshot) -> None:
+        if snapshot.phase == "sync":
+            machine.monitor.execute("migrate_cancel")
+            machine.monitor.wait_for_migration(timeout_s=60)
+
+    with Monitor(machine.qmp_path) as monitor:
+        result = save_shared(monitor, tmp_path / "vm.mig", then="quit", progress=cancel)
+    assert result.state_after == machine.monitor.run_state() == "running"
+    assert any("not quit" in note for note in result.notes)
+    assert machine.process.poll() is None
+
+
+def test_qemu_that_does_not_end_its_migration_is_told_to_cancel(
+    start_machine: StartMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = start_machine(memory_bytes=SMALL_BYTES)
+    told: list[str] = []
+
+    def never(**_: object) -> None:
+        raise PeerError("the migration did not end")
+
+    monkeypatch.setattr(machine.monitor, "wait_for_migration", never)
+    monkeypatch.setattr(machine.monitor, "execute", told.append)
+    ours, theirs = socket.socketpair()
+    with theirs:
+        sharedram._take_back(machine.monitor, ours)
+    assert told == ["migrate_cancel"]
 
 
 def test_quit_ends_qemu(start_machine: StartMachine, tmp_path: Path) -> None:

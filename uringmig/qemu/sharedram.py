@@ -42,6 +42,7 @@ _SWITCHED_OFF: Final = (
     "block", "zero-copy-send", "release-ram",
 )  # fmt: skip
 _DESCRIPTOR_NAME: Final = "uringmig"
+_DONE_BUT: Final = "the image is whole and durable, but:"
 #: QEMU: enum mig_rp_message_type, MIG_RP_MSG_SHUT; be16 type, be16 length, be32 value.
 _SHUT: Final = struct.Struct(">HHI")
 _MIG_RP_MSG_SHUT: Final = 1
@@ -105,6 +106,7 @@ def save_shared(
     stream: DeviceStream | None = None
     notes: list[str] = []
     let_go = time.monotonic()
+    handed_over = False
     try:
         with (
             _mapped(monitor) as memories,
@@ -114,11 +116,12 @@ def save_shared(
             image, stream = _save(monitor, connection, out, memories, options, progress)
             notes += _let_go(monitor, connection, keep=then is None)
             let_go = time.monotonic()
-        _go_on(monitor, then)
+            handed_over = not notes
     except PeerError as error:
         if image is None or stream is None:
             raise
-        notes.append(f"the image is whole and durable, but: {error}")
+        notes.append(f"{_DONE_BUT} {error}")
+    notes += _go_on(monitor, then, handed_over=handed_over)
     stopped = 0.0
     if before == "running" and stream.stopped_at is not None:
         stopped = let_go - stream.stopped_at
@@ -127,7 +130,7 @@ def save_shared(
         blocks_mapped=tuple(memories),
         stopped_seconds=stopped,
         state_before=before,
-        state_after=None if then == "quit" else _state_after(monitor),
+        state_after=None if then == "quit" and handed_over else _state_after(monitor),
         notes=(*image.notes, *notes),
     )
 
@@ -198,8 +201,10 @@ def _take_back(monitor: Monitor, connection: socket.socket) -> str | None:
     with contextlib.suppress(OSError):
         connection.sendall(_SHUT.pack(_MIG_RP_MSG_SHUT, 4, 1))
     connection.close()
-    with contextlib.suppress(PeerError):
-        if not monitor.wait_for_migration(timeout_s=_ENDING_SECONDS).ended:
+    try:
+        monitor.wait_for_migration(timeout_s=_ENDING_SECONDS)
+    except PeerError:
+        with contextlib.suppress(PeerError):
             monitor.execute("migrate_cancel")
     return reason
 
@@ -278,14 +283,24 @@ def _let_go(monitor: Monitor, connection: socket.socket, *, keep: bool) -> list[
     return [f"QEMU ended its migration as {ended.status!r}: {ended.error or 'no reason given'}"]
 
 
-def _go_on(monitor: Monitor, then: Then | None) -> None:
-    """Do what was asked for, after the settings have been put back."""
-    if then == "cont":
-        # Until then QEMU refuses: "Migration is not finalized yet".
-        _settled(monitor)
-        monitor.execute("cont")
-    elif then == "quit":
-        monitor.execute("quit")
+def _go_on(monitor: Monitor, then: Then | None, *, handed_over: bool) -> list[str]:
+    """Do what was asked for, after the settings have been put back, even if that failed.
+
+    A guest whose migration did not complete may run on, and have done more than the image knows:
+    it is not quit.
+    """
+    try:
+        if then == "cont":
+            # Until then QEMU refuses: "Migration is not finalized yet".
+            _settled(monitor)
+            monitor.execute("cont")
+        elif then == "quit" and handed_over:
+            monitor.execute("quit")
+        elif then == "quit":
+            return ["QEMU was not quit: its guest may have gone on since the image was made"]
+    except PeerError as error:
+        return [f"{_DONE_BUT} {error}"]
+    return []
 
 
 def _state_after(monitor: Monitor) -> str | None:
