@@ -19,7 +19,7 @@ SIGNAL_EXIT_CODE: Final = 128
 _NUMBERS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 #: Functions within which nothing is raised: clean-ups, `Thread.join` in one, `Handle._run` of
 #: asyncio, and finalizers, which swallow exceptions.
-_SHIELDED: Final = frozenset({"__exit__", "close", "_fail", "join", "_run", "__del__"})
+_SHIELDED: Final = frozenset({"__exit__", "close", "_fail", "join", "_join", "_run", "__del__"})
 #: How soon to try again after a shielded moment.
 _AGAIN_SECONDS: Final = 0.02
 
