@@ -131,15 +131,24 @@ def test_refuses_what_does_not_hold_the_guest(tmp_path: Path) -> None:
 
 
 def test_a_huge_claim_costs_nothing(tmp_path: Path) -> None:
-    blocks = [PlainBlock(idstr="a", used_length=16 << 40)]
-    body = page_record(9 << 40, b"\x55" * PAGE, "a") + word(EOS)
+    blocks = [PlainBlock(idstr="a", used_length=3 << 40)]
+    body = page_record(2 << 40, b"\x55" * PAGE, "a") + word(EOS)
     stream = plain_start(blocks) + plain_tail(ram=ram_section(3, body))
     (tmp_path / "plain").write_bytes(stream)
     with open_contents(tmp_path / "plain") as source:
-        (read,) = source.windows([(0, (9 << 40) // WINDOW_BYTES)])
+        (read,) = source.windows([(0, (2 << 40) // WINDOW_BYTES)])
         assert read.memory[:PAGE].tobytes() == b"\x55" * PAGE
         assert read.data is not None
         assert read.data.length.tolist() == [PAGE]
+
+
+def test_a_claim_that_the_file_cannot_hold_is_refused(tmp_path: Path) -> None:
+    blocks = [PlainBlock(idstr="a", used_length=5 << 40)]
+    body = page_record(0, b"\x55" * PAGE, "a") + word(EOS)
+    stream = plain_start(blocks) + plain_tail(ram=ram_section(3, body))
+    (tmp_path / "plain").write_bytes(stream)
+    with pytest.raises(FormatError, match="total of the ramblocks"):
+        open_contents(tmp_path / "plain")
 
 
 def test_memory_does_not_grow_with_the_stream(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from uringmig.options import PAGE_SIZE, WINDOW_BYTES, ReadOptions
 from uringmig.pages import bitmap
 from uringmig.plan import Window
 from uringmig.reader import MappedRamReader, plan_reads, zero_clear_pages
+from uringmig.storage.choice import EngineChoice
 
 
 class MappedRamContents:
@@ -38,6 +39,7 @@ class MappedRamContents:
         options: how to read.
         kind: what the operator is told it is.
         notes: what the operator should know besides.
+        engine: an engine of the caller's instead of ``options.engine``; for tests and benches.
 
     Raises:
         FormatError: the file breaks a rule, also one that QEMU's loader does not check.
@@ -55,11 +57,12 @@ class MappedRamContents:
         options: ReadOptions = ReadOptions(),  # noqa: B008 - frozen
         kind: str = "mapped-ram",
         notes: Sequence[str] = (),
+        engine: EngineChoice | None = None,
     ) -> None:
         self.path = os.fspath(path)
         self.kind = kind
         self._options = options
-        self._reader = MappedRamReader(path, offset=offset, options=options)
+        self._reader = MappedRamReader(path, offset=offset, options=options, engine=engine)
         self._version = FileVersion.of(self._reader.main)
         self._bitmaps = [self._reader.bitmap(block.idstr) for block in self._reader.blocks]
         self.blocks = tuple(

@@ -54,15 +54,20 @@ from uringmig.iobatch import IoPlan
 from uringmig.options import PAGE_SIZE, WINDOW_BYTES, ReadOptions
 from uringmig.pages.runs import PageRuns
 from uringmig.plan import Window, plan_runs, windows_of
-from uringmig.storage.choice import choose_engine
+from uringmig.storage.choice import EngineChoice, choose_engine
 from uringmig.storage.directfile import open_direct
 from uringmig.storage.engine import Operation
 from uringmig.storage.mainfile import READ_BYTES, open_for_reading
-from uringmig.units import align_down
+from uringmig.units import TiB, align_down
 
 _WINDOW_PAGES: Final = WINDOW_BYTES // PAGE_SIZE
 #: Any 4 KiB of a file touch at most two of its 4-KiB pages.
 _STAGING_BYTES: Final = 2 * WINDOW_BYTES
+#: Memory a stream may claim beyond what its length accounts for. QEMU leaves out pages that a
+#: device says are of no use (virtio-mem, free page hints), and has at least a ZERO record of 9
+#: bytes for every other: a short file that claims more is not a guest.
+_UNNAMED_BYTES_MAX: Final = 4 * TiB
+_RECORD_BYTES_LEAST: Final = 9
 
 
 @dataclass(slots=True)
@@ -70,12 +75,14 @@ class PlainStream:
     """What a plain stream says beside its pages; sizes in bytes, offsets absolute.
 
     Attributes:
+        memory_bytes_max: more memory than this is not believed.
         blocks: (idstr, used_length) in the order of the stream.
         early: FULL sections before the end of RAM, which must stay there.
         full: those after it.
         description: the vmdescription's text.
     """
 
+    memory_bytes_max: int
     configuration: Configuration = field(init=False)
     section_id: int = field(init=False)
     blocks: list[tuple[str, int]] = field(default_factory=list)
@@ -102,9 +109,8 @@ class PlainStream:
                     )
             case RamStarted():
                 self.section_id = event.section_id
-                at_most(
-                    "total of the ramblocks", MEMORY_BYTES_MAX, event.total_bytes, at=event.offset
-                )
+                limit = self.memory_bytes_max
+                at_most("total of the ramblocks", limit, event.total_bytes, at=event.offset)
             case RamBlockRead():
                 self.blocks.append((event.idstr, event.used_length))
             case MultifdFlush():
@@ -135,6 +141,7 @@ class PlainFileContents:
         options: how to read.
         kind: what the operator is told it is.
         notes: what the operator should know besides.
+        engine: an engine of the caller's instead of ``options.engine``; for tests and benches.
 
     Raises:
         FormatError: it is no plain stream, or breaks a rule, or does not hold the guest's pages.
@@ -152,12 +159,13 @@ class PlainFileContents:
         options: ReadOptions = ReadOptions(),  # noqa: B008 - frozen
         kind: str = "plain",
         notes: Sequence[str] = (),
+        engine: EngineChoice | None = None,
     ) -> None:
         self.path = os.fspath(path)
         self.kind = kind
         self._base = offset
         self._options = options
-        engine = choose_engine(options.engine)
+        engine = engine or choose_engine(options.engine)
         with ExitStack() as undo:
             self._main = open_for_reading(self.path)
             undo.callback(self._main.close)
@@ -272,8 +280,9 @@ class PlainFileContents:
 
     def _scan(self) -> PlainStream:
         """Read the whole stream once, for its pages' places and all the rest."""
-        stream = PlainStream()
         size = self._version.size
+        named = size // _RECORD_BYTES_LEAST * PAGE_SIZE
+        stream = PlainStream(min(MEMORY_BYTES_MAX, _UNNAMED_BYTES_MAX + named))
         if read_opening(self._main.read_at(self._base, READ_BYTES), at=self._base).mapped_ram:
             raise FormatError("not a plain migration stream but mapped-ram", offset=self._base)
         reader = MainStreamReader(base=self._base, file_size=size, index=self._index)
