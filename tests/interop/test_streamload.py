@@ -102,6 +102,29 @@ def test_the_guest_remembers_and_goes_on(
     assert machine.console.count() >= saved_guest.count
 
 
+@pytest.mark.parametrize("kind", ["plain", "mapped-ram"])
+def test_state_that_must_come_before_memory(
+    start_machine: StartMachine, tmp_path: Path, kind: str
+) -> None:
+    """virtio-mem has a section that QEMU wants before the first page, and pages never sent."""
+    device = [
+        *["-m", "64M,slots=2,maxmem=1G", "-object", "memory-backend-ram,id=vm0,size=64M"],
+        *["-device", "virtio-mem-pci,memdev=vm0,requested-size=16M"],
+    ]
+    rams = shared_path(), shared_path()
+    source = start_machine(memory_bytes=RAM_BYTES, shared=rams[0], paused=True, arguments=device)
+    np.memmap(rams[0], np.uint8, "r+")[: 3 * MiB] = 0x6B
+    if kind == "mapped-ram":
+        source.monitor.set_capabilities(**{kind: True})
+    source.monitor.execute("migrate", uri=f"file:{tmp_path}/saved")
+    assert source.monitor.wait_for_migration(timeout_s=60).status == "completed"
+    waiting = start_machine(memory_bytes=RAM_BYTES, shared=rams[1], incoming=True, arguments=device)
+    with open_contents(tmp_path / "saved") as contents:
+        assert contents.kind == kind
+        stream_into(waiting.monitor, contents, digests=digests_of(contents))
+    assert rams[0].read_bytes() == rams[1].read_bytes()
+
+
 def refused(machine: Machine, source: Contents, digests: list[list[str]], message: str) -> None:
     """The load fails with this message, and QEMU is there with a guest that has not started."""
     with pytest.raises(MismatchError, match=message):

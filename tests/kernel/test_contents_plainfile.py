@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +100,23 @@ def test_whatever_the_bytes_behind_the_last_whole_page(tmp_path: Path, padding: 
     (tmp_path / "plain").write_bytes(stream)
     with open_contents(tmp_path / "plain", options=FAST) as source:
         assert collect(source) == {"a": bytes(PAGE) + b"\x44" * PAGE}
+
+
+def test_a_buffer_shows_nothing_of_the_window_before(tmp_path: Path) -> None:
+    """More windows than there are buffers, the later ones nearly empty."""
+    blocks = [PlainBlock(idstr="a", used_length=24 * WINDOW_BYTES)]
+    page = b"\x77" * PAGE
+    body = page_record(0, page, "a")
+    pages = [*range(1, 600), *(row * 1024 + row for row in range(1, 24))]
+    body += b"".join(page_record(number * PAGE, page) for number in pages)
+    stream = plain_start(blocks) + plain_tail(ram=ram_section(3, body + word(EOS)))
+    (tmp_path / "plain").write_bytes(stream)
+    with open_contents(tmp_path / "plain", options=replace(FAST, channels=1)) as source:
+        # The rows with many pages come first, so that their buffers are used again.
+        memory = collect(source)["a"]
+    assert [at for at in range(0, len(memory), PAGE) if any(memory[at : at + PAGE])] == [
+        number * PAGE for number in [0, *pages]
+    ]
 
 
 @pytest.mark.parametrize("base", [1, 4096, WINDOW_BYTES + 3])
