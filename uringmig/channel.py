@@ -19,7 +19,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
-from uringmig.errors import FormatError, StorageError
+from uringmig.errors import FormatError, HostError, StorageError
 from uringmig.iobatch import IoPlan
 from uringmig.options import TransferOptions
 from uringmig.plan import Window
@@ -303,6 +303,7 @@ def run_round(
 
     Raises:
         UringmigError: the first failure of any channel; the others have stopped and drained.
+        HostError: this machine gives no thread for one of them.
     """
     remaining = deque(windows)
     pacer = pacer or Pacer(shared.options.rate)
@@ -328,7 +329,7 @@ def run_round(
     running = 0
     try:
         for thread in threads:
-            thread.start()
+            _start(thread)
             running += 1
         while running:
             try:
@@ -345,6 +346,18 @@ def run_round(
         raise interrupt
     if first_error is not None:
         raise first_error
+
+
+def _start(thread: threading.Thread) -> None:
+    """Start a channel.
+
+    Raises:
+        HostError: no more threads may be had here, as in a container with a limit on tasks.
+    """
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise HostError(f"{thread.name}: {error}; fewer channels need fewer threads") from None
 
 
 def _join(threads: Sequence[threading.Thread]) -> KeyboardInterrupt | None:

@@ -208,6 +208,25 @@ class Memory(np.ndarray):
     """An array that can be watched by a weak reference."""
 
 
+def test_no_thread_for_a_channel_is_the_hosts_fault(
+    former: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container's limit on tasks; the channel that has started ends first."""
+    start = threading.Thread.start
+
+    def limited(thread: threading.Thread) -> None:
+        if thread.name == "multifd-1":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    with (
+        pytest.raises(HostError, match="fewer channels"),
+        MappedRamWriter(former, ramblocks_of(make_guest()), options=OPTIONS) as writer,
+    ):
+        writer.write_all()
+
+
 def test_abandoned_iterator_drains_before_anything_is_given_back(former: Path) -> None:
     """Also if somebody still holds the iterator when the writer is closed."""
     log = RequestLog()
