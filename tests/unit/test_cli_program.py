@@ -9,13 +9,14 @@ import pty
 import re
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from commandline import PROGRAM, finish, start, uringmig
+from commandline import PROGRAM, Ended, finish, start, uringmig
 from imagewriter import Block, build_image
 
 from uringmig import MappedRamWriter, RamBlock
@@ -204,6 +205,22 @@ def test_io_uring_required_where_it_is_refused_is_6(image: Path, number: int) ->
     version = uringmig("--version", refuse_ring=number)
     assert version.code == 0
     assert "engine using pwrite: io_uring: " in version.out
+
+
+def test_a_bug_of_ours_is_70_and_never_1(image: Path) -> None:
+    """1 would say that all is done, with warnings."""
+    bug = "import sys, uringmig.cli as c; "
+    bug += "sys.modules['uringmig.cli.verify'].verify_image = lambda *_, **__: 1 / 0; c.main()"
+    done = subprocess.run(
+        [sys.executable, "-c", bug, "verify", image, "--json"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 70
+    assert "Traceback" in done.stderr
+    [event] = Ended(done.returncode, done.stdout, done.stderr).events()
+    assert (event["event"], event["kind"], event["exit_code"]) == (
+        "error", "ZeroDivisionError", 70,
+    )  # fmt: skip
 
 
 def test_version_names_liburing_and_the_engine() -> None:

@@ -1,7 +1,7 @@
 """The Typer app `uringmig`, and where its errors and signals end: as exit codes, here only.
 
     0 done, 1 done with warnings, 2 usage, 3 the bytes are wrong, 4 the peer failed, 5 storage,
-    6 this host cannot, 128+N on a signal
+    6 this host cannot, 70 a bug of ours, 128+N on a signal
 
 A traceback therefore means a bug of ours.
 """
@@ -9,6 +9,7 @@ A traceback therefore means a bug of ours.
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Annotated, Final, NoReturn
 
@@ -28,6 +29,8 @@ from uringmig.signals import SIGNAL_EXIT_CODE, Interrupted, Signals
 
 #: Also under ``python -m uringmig``: the name that usage lines and shell completion go by.
 PROGRAM: Final = "uringmig"
+#: EX_SOFTWARE of sysexits.h.
+BUG_EXIT_CODE: Final = 70
 
 app: Final = typer.Typer(
     name=PROGRAM,
@@ -87,6 +90,12 @@ def run(arguments: Sequence[str]) -> int:
     except UringmigError as error:
         output.failed(error)
         return error.exit_code
+    except Exception as error:
+        # Python's own exit code would be 1, which says here that all is done.
+        traceback.print_exc()
+        text = f"this is a bug of uringmig: {error!r}"
+        output.error(text, kind=type(error).__name__, exit_code=BUG_EXIT_CODE)
+        return BUG_EXIT_CODE
     finally:
         output.close()
     return 0
