@@ -58,6 +58,11 @@ class Signals:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    @property
+    def number(self) -> int | None:
+        """The first signal, or None; for whoever has it held and asks by itself."""
+        return self._number
+
     def hold(self) -> None:
         """From now on only note a first signal: what goes on is past the point of return."""
         self._held = True

@@ -11,9 +11,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
 from uringmig.batch.job import Job
 from uringmig.batch.messages import Estimate
+
+#: Of a disk that is not measured: two jobs with the default options.
+DEPTH_OTHERWISE: Final = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +33,12 @@ class Admission:
     """What is in use of every disk; keys are those of `Disk`.
 
     Attributes:
-        allowances: of every disk any job may use.
+        allowances: of every disk that is known.
+        otherwise: of any other, such as that of a source nobody could look at before.
     """
 
     allowances: Mapping[str, Allowance]
+    otherwise: Allowance = Allowance(DEPTH_OTHERWISE)
     _in_use: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def admit(self, job: Job, estimate: Estimate) -> int | None:
@@ -45,12 +51,16 @@ class Admission:
         if not all(self._fits(key, count) for key, count in wanted.items()):
             return None
         self._in_use[job.name] = wanted
-        rates = [self.allowances[key].rate / self._passes(estimate, key) for key in wanted]
+        rates = [self.allowance(key).rate / self._passes(estimate, key) for key in wanted]
         return round(min(filter(None, rates), default=0))
 
     def release(self, job: Job) -> None:
         """Give back what a job has; harmless if it has nothing."""
         self._in_use.pop(job.name, None)
+
+    def allowance(self, key: str) -> Allowance:
+        """What a disk takes."""
+        return self.allowances.get(key, self.otherwise)
 
     def in_flight(self, key: str) -> int:
         """Requests that the admitted jobs may have in flight on a disk."""
@@ -59,7 +69,7 @@ class Admission:
     def _fits(self, key: str, count: int) -> bool:
         """Say whether a disk takes so many more requests."""
         taken = self.in_flight(key)
-        allowance = self.allowances[key]
+        allowance = self.allowance(key)
         return taken == 0 or (allowance.rate == 0 and taken + count <= allowance.depth)
 
     @staticmethod

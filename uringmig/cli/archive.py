@@ -10,14 +10,15 @@ from uringmig.cli.archive_list import list_entries
 from uringmig.cli.archive_prune import prune
 from uringmig.cli.archive_reindex import reindex
 from uringmig.cli.archive_restore import restore
+from uringmig.cli.archive_run import run
 from uringmig.cli.archive_show import show
 from uringmig.cli.archive_verify import verify
 
 app: Final = typer.Typer(
     name="archive",
-    help="Keep many images in one directory: list, check, restore and prune them.",
+    help="Keep many images in one directory: fill it, list, check, restore and prune them.",
     no_args_is_help=True,
 )
 app.command(name="list")(list_entries)
-for _command in (show, verify, restore, prune, reindex):
+for _command in (run, show, verify, restore, prune, reindex):
     app.command()(_command)

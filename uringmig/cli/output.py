@@ -14,13 +14,14 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, TextIO
 
 import msgspec
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from uringmig.errors import BytesError, StorageError, UringmigError
@@ -45,6 +46,7 @@ class Output:
         self.exit_code = 0
         self._json = self._quiet = self._verbose = False
         self._bar: _Bar | None = None
+        self._live: Live | None = None
         self._told_at: float | None = None
         self._told_phase: Phase | None = None
         self._notes: list[str] = []
@@ -76,6 +78,28 @@ class Output:
             return
         with _console().status(_clean(text), spinner="line"):
             yield
+
+    @contextmanager
+    def live(self) -> Iterator[Callable[[RenderableType], None] | None]:
+        """Give a way to show something that changes, on a terminal; elsewhere None."""
+        if self._quiet or self._json or not sys.stderr.isatty():
+            yield None
+            return
+        with Live(console=_console(), transient=True, auto_refresh=False) as live:
+            self._live = live
+            try:
+                yield lambda what: live.update(what, refresh=True)
+            finally:
+                self._live = None
+
+    def event(self, name: str, fields: Mapping[str, object]) -> None:
+        """Write an event with ``--json``; nothing otherwise."""
+        if self._json and not self._quiet:
+            self._write_json({"event": name, **fields})
+
+    def complain(self, text: str) -> None:
+        """Say in one line what went wrong with a part of what is done; `result` sums up."""
+        self._complain(text)
 
     def note(self, text: str) -> None:
         """Say something the operator should know, such as a fallback that the options allow."""
@@ -114,6 +138,12 @@ class Output:
         elif not self._quiet:
             self.lines(lines)
 
+    def text(self, lines: Sequence[str]) -> None:
+        """Write lines for people, unless they asked for events or for nothing."""
+        self.close()
+        if not self._json and not self._quiet:
+            self.lines(lines)
+
     def lines(self, lines: Sequence[str]) -> None:
         """Write lines to standard output."""
         for line in lines:
@@ -141,7 +171,7 @@ class Output:
 
     def restore_terminal(self) -> None:
         """Show the cursor again, which the bar hides, before an exit without clean-up."""
-        if self._bar is not None:
+        if self._bar is not None or self._live is not None:
             os.write(sys.stderr.fileno(), _SHOW_CURSOR.encode())
 
     def _tell(self, snapshot: Snapshot) -> None:
@@ -164,7 +194,11 @@ class Output:
     def _complain(self, text: str) -> None:
         """Write one line to standard error."""
         self.close()
-        self._write(sys.stderr, f"uringmig: {_clean(text)}")
+        line = f"uringmig: {_clean(text)}"
+        if self._live is not None:
+            self._live.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        else:
+            self._write(sys.stderr, line)
 
     def _write_json(self, value: object) -> None:
         self._write(sys.stdout, json.dumps(value, default=_plain))

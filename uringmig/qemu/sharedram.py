@@ -13,11 +13,13 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
+from uringmig.contents.memoryfiles import MemoryContents
+from uringmig.contents.source import Row, WindowRead
 from uringmig.errors import BusyError, PeerError
 from uringmig.format.constants import CAPABILITY_IGNORE_SHARED, CAPABILITY_MAPPED_RAM
 from uringmig.memory.mapping import FileMemory
@@ -97,11 +99,7 @@ def save_shared(
         StorageError: the image cannot be written; the guest is as it was.
         HostError: io_uring is required and cannot be had.
     """
-    before = monitor.run_state()
-    if before not in _SAVED_FROM:
-        raise PeerError(f"the guest is in state {before!r}, from which QEMU cannot migrate")
-    if not monitor.migration().ended:
-        raise BusyError(f"QEMU is busy with a migration ({monitor.migration().status})")
+    before = _state_to_save(monitor)
     image: SaveResult | None = None
     stream: DeviceStream | None = None
     notes: list[str] = []
@@ -109,7 +107,7 @@ def save_shared(
     handed_over = False
     try:
         with (
-            _mapped(monitor) as memories,
+            mapped_memories(monitor) as memories,
             monitor.saved_settings(),
             _migrating(monitor) as connection,
         ):
@@ -135,9 +133,87 @@ def save_shared(
     )
 
 
+@dataclass(slots=True)
+class HeldGuest:
+    """A VM whose memory may be read as long as QEMU holds it.
+
+    Attributes:
+        contents: its memory, mapped, and its device state.
+        stopped_seconds: how long it stood still; known afterwards, 0.0 if it did not run before.
+        notes: what the operator should know; known afterwards.
+    """
+
+    contents: HeldContents
+    stopped_seconds: float = 0.0
+    notes: tuple[str, ...] = ()
+
+
+class HeldContents(MemoryContents):
+    """Memory that is only known to be one moment's if QEMU still holds the guest at the end."""
+
+    def __init__(
+        self, monitor: Monitor, stream: DeviceStream, memories: dict[str, MemorySource]
+    ) -> None:
+        super().__init__(monitor.path, stream, memories)
+        self._monitor = monitor
+
+    def windows(self, rows: Sequence[Row]) -> Iterator[WindowRead]:
+        """See `Contents`.
+
+        Raises:
+            PeerError: QEMU let the guest run on meanwhile.
+        """
+        yield from super().windows(rows)
+        _check_still_ours(self._monitor)
+
+
 @contextlib.contextmanager
-def _mapped(monitor: Monitor) -> Iterator[dict[str, MemorySource]]:
-    """Map every memory backend in use; refuse a VM that has one that is not a shared file."""
+def hold_guest(monitor: Monitor) -> Iterator[HeldGuest]:
+    """Have QEMU hold a VM with shared RAM while its memory is read, as `save_shared` does.
+
+    Afterwards the guest is as it was found, running if it ran, whatever happened in between.
+
+    Args:
+        monitor: of the VM.
+
+    Raises:
+        BusyError: QEMU is migrating.
+        PeerError: as for `save_shared`; on leaving, QEMU did not take the guest back in time.
+        FormatError: QEMU's stream breaks a rule.
+    """
+    before = _state_to_save(monitor)
+    with (
+        mapped_memories(monitor) as memories,
+        monitor.saved_settings(),
+        _migrating(monitor) as connection,
+    ):
+        sizes = {idstr: memory.length_bytes for idstr, memory in memories.items()}
+        stream = receive(connection, sizes, on_setup=lambda stream: _check_listed(stream, memories))
+        held = HeldGuest(HeldContents(monitor, stream, memories))
+        yield held
+        held.notes = tuple(_let_go(monitor, connection, keep=True))
+        let_go = time.monotonic()
+    if before == "running" and stream.stopped_at is not None:
+        held.stopped_seconds = let_go - stream.stopped_at
+
+
+def _state_to_save(monitor: Monitor) -> str:
+    """The guest's run state; refuse one from which it cannot be saved."""
+    before = monitor.run_state()
+    if before not in _SAVED_FROM:
+        raise PeerError(f"the guest is in state {before!r}, from which QEMU cannot migrate")
+    if not monitor.migration().ended:
+        raise BusyError(f"QEMU is busy with a migration ({monitor.migration().status})")
+    return before
+
+
+@contextlib.contextmanager
+def mapped_memories(monitor: Monitor) -> Iterator[dict[str, MemorySource]]:
+    """Map every memory backend in use, by idstr.
+
+    Raises:
+        PeerError: the VM has a backend that is not a shared file.
+    """
     with ExitStack() as stack:
         memories: dict[str, MemorySource] = {}
         for backend in monitor.ram_backends():
@@ -258,11 +334,19 @@ def _check_still_ours(monitor: Monitor) -> None:
 
 def _blocks(stream: DeviceStream, memories: dict[str, MemorySource]) -> list[RamBlock]:
     """The image's blocks, in the order of the stream."""
-    names = [idstr for idstr, _ in stream.blocks]
+    _check_listed(stream, memories)
+    return [
+        RamBlock(idstr, memories.get(idstr) or stream.private[idstr].memory)
+        for idstr, _ in stream.blocks
+    ]
+
+
+def _check_listed(stream: DeviceStream, memories: dict[str, MemorySource]) -> None:
+    """Refuse a stream that lacks a block which is mapped."""
+    names = {idstr for idstr, _ in stream.blocks}
     for idstr in memories:
         if idstr not in names:
             raise PeerError(f"QEMU's stream does not list ramblock {idstr!r}")
-    return [RamBlock(idstr, memories.get(idstr) or stream.private[idstr].memory) for idstr in names]
 
 
 def _let_go(monitor: Monitor, connection: socket.socket, *, keep: bool) -> list[str]:

@@ -1,0 +1,287 @@
+"""One order carried out, in the process of a worker: examine, measure, archive.
+
+Nothing here decides: what to do is in the order, whether to try again is the runner's. Errors are
+those of the tree, and every one leaves nothing under the entry's name.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import zstandard
+
+from uringmig.archive.cold import write_cold
+from uringmig.archive.coldread import is_cold, open_cold
+from uringmig.archive.healing import remove_files
+from uringmig.archive.hot import write_hot
+from uringmig.archive.tier import LIVE_KINDS, EntryLabel, TierResult
+from uringmig.batch.disks import disks_of, measure_depth
+from uringmig.batch.job import ImageSource, Job, MemorySource, QmpSource
+from uringmig.batch.messages import (
+    Archive,
+    Archived,
+    Estimate,
+    Examine,
+    Measure,
+    Order,
+    OrderResult,
+)
+from uringmig.contents.memoryfiles import MemoryFileBlock, open_memory
+from uringmig.contents.opening import open_contents
+from uringmig.contents.source import Contents, all_rows
+from uringmig.errors import BytesError, PeerError, StateError
+from uringmig.options import PAGE_SIZE, ReadOptions
+from uringmig.progress import ProgressCallback, Snapshot
+from uringmig.qemu.monitor import Monitor
+from uringmig.qemu.sharedram import hold_guest, mapped_memories
+from uringmig.units import MiB, div_ceil
+from uringmig.verify import verify
+
+#: Windows that are compressed to guess how small a cold image gets; 32 MiB are read for it.
+_SAMPLED_WINDOWS: Final = 8
+#: Headers, device state and the manifest: more than a machine with many devices has.
+_OVERHEAD_BYTES: Final = 4 * MiB
+
+
+def carry_out(order: Order, tell: Callable[[Snapshot], None]) -> OrderResult:
+    """Do what an order says.
+
+    Raises:
+        UringmigError: nothing has the entry's name.
+    """
+    match order:
+        case Examine():
+            return examine(order.job)
+        case Measure():
+            return measure_depth(order.path, depth_max=order.depth_max)
+        case Archive():
+            return archive(order, tell)
+
+
+def examine(job: Job) -> Estimate:
+    """Look at a job's source and say what archiving it takes; a guest runs on meanwhile.
+
+    Raises:
+        UringmigError: the source cannot be read.
+    """
+    if isinstance(job.source, QmpSource):
+        with Monitor(job.source.qmp) as monitor, mapped_memories(monitor) as memories:
+            total = sum(memory.length_bytes for memory in memories.values())
+            stored = sum(
+                memory.data_extents(start=0, length=memory.length_bytes).total_bytes
+                for memory in memories.values()
+            )
+        return _estimate(job, kind="qmp", total=total, stored=stored, dense=0, ratio=1.0)
+    with open_source(job) as contents:
+        sizes = [block.used_length for block in contents.blocks]
+        dense_up_to = job.options(rate=0).dense_up_to
+        live = contents.kind in LIVE_KINDS
+        return _estimate(
+            job,
+            kind=contents.kind,
+            total=sum(sizes),
+            stored=contents.stored_bytes(),
+            dense=sum(size for size in sizes if size <= dense_up_to),
+            ratio=1.0 if live or job.tier == "hot" else _sampled_ratio(contents, job.level),
+            fingerprint="" if live else contents.fingerprint(),
+        )
+
+
+def open_source(job: Job) -> Contents:
+    """Open the source of a job that needs no running QEMU; the caller closes it.
+
+    Raises:
+        UringmigError: it cannot be read.
+    """
+    options = ReadOptions(
+        channels=job.channels,
+        depth=job.depth,
+        block_size=job.block_size,
+        engine=job.engine,
+        direct=job.direct,
+    )
+    match job.source:
+        case ImageSource(image, offset):
+            if not offset and is_cold(image):
+                return open_cold(image, options=options)
+            return open_contents(image, offset=offset or None, options=options)
+        case MemorySource(memory, device_state):
+            blocks = [
+                MemoryFileBlock(idstr, file.path, file.offset, file.length)
+                for idstr, file in memory.items()
+            ]
+            return open_memory(blocks, device_state)
+        case QmpSource():
+            raise StateError("a running guest is held, not opened")
+
+
+def archive(order: Archive, tell: ProgressCallback) -> Archived:
+    """Write one entry, and read it back if the job says so.
+
+    Raises:
+        UringmigError: nothing has the entry's name.
+    """
+    source = order.job.source
+    if not isinstance(source, QmpSource):
+        with open_source(order.job) as contents:
+            return _archived(order, contents, _write(order, contents, tell), tell)
+    written: TierResult | None = None
+    warnings: list[str] = []
+    stopped_seconds = 0.0
+    with Monitor(source.qmp) as monitor:
+        try:
+            with hold_guest(monitor) as held:
+                contents = held.contents
+                written = _write(order, contents, tell)
+            stopped_seconds = held.stopped_seconds
+            warnings += held.notes
+        except PeerError as error:
+            if written is None:
+                raise
+            warnings.append(f"the image is whole and durable, but: {error}")
+    return _archived(
+        order, contents, written, tell, stopped_seconds=stopped_seconds, warnings=warnings
+    )
+
+
+def _write(order: Archive, contents: Contents, tell: ProgressCallback) -> TierResult:
+    """Write contents in the job's tier."""
+    job = order.job
+    image, journal = Path(order.image), Path(order.journal)
+    live = isinstance(job.source, QmpSource)
+    label = EntryLabel(
+        name=order.entry,
+        vm=job.vm,
+        host=job.host or socket.gethostname(),
+        source_kind="qmp" if live else None,
+    )
+    options = job.options(rate=order.rate)
+    if job.tier == "cold":
+        return write_cold(
+            contents, image, level=job.level, workers=job.channels, options=options, label=label,
+            resume=journal, progress=tell,
+        )  # fmt: skip
+    previous = None if order.previous is None else Path(order.previous)
+    return write_hot(
+        contents, image, options=options, label=label, resume=journal, previous=previous,
+        progress=tell,
+    )  # fmt: skip
+
+
+def _archived(
+    order: Archive,
+    contents: Contents,
+    written: TierResult,
+    tell: ProgressCallback,
+    *,
+    stopped_seconds: float = 0.0,
+    warnings: list[str] | None = None,
+) -> Archived:
+    """The outcome, after reading the entry back if the job says so."""
+    fields = written.manifest.archive
+    assert fields, "a tier's manifest is that of an entry"
+    if order.job.verify:
+        _read_back(order, tell)
+    return Archived(
+        image=written.path,
+        kind=fields.source_kind,
+        content_digest=fields.content_digest,
+        fingerprint="" if contents.kind in LIVE_KINDS else fields.source_fingerprint,
+        memory_bytes=written.memory_bytes,
+        stored_bytes=written.stored_bytes,
+        file_bytes=written.file_bytes,
+        allocated_bytes=written.allocated_bytes,
+        shared_bytes=written.shared_bytes,
+        resumed_bytes=written.resumed_bytes,
+        ratio=written.ratio,
+        seconds=written.seconds,
+        stopped_seconds=stopped_seconds,
+        verified=order.job.verify,
+        notes=(*contents.notes, *written.notes),
+        warnings=tuple(warnings or ()),
+    )
+
+
+def _read_back(order: Archive, tell: ProgressCallback) -> None:
+    """Read a new entry from the disk and compare; one that differs is removed.
+
+    Raises:
+        MismatchError: the first difference, with its place.
+    """
+    job, image = order.job, Path(order.image)
+    options = ReadOptions(
+        channels=job.channels, depth=job.depth, block_size=job.block_size, rate=order.rate
+    )
+    try:
+        if job.tier == "cold":
+            with open_cold(image, options=options) as contents:
+                # Every frame and window is compared with its digest as it is read.
+                for _ in contents.windows(all_rows(contents.blocks)):
+                    pass
+        else:
+            report = verify(image, options=options, progress=tell)
+            if report.mismatches:
+                raise report.mismatches[0]
+    except BytesError as error:
+        remove_files(image)
+        error.add_note("the entry differed when it was read back, and was removed")
+        raise
+
+
+def _estimate(
+    job: Job,
+    *,
+    kind: str,
+    total: int,
+    stored: int,
+    dense: int,
+    ratio: float,
+    fingerprint: str = "",
+) -> Estimate:
+    """Sizes and disks of a job; see `Estimate`.
+
+    Args:
+        job: whose.
+        kind: of the source.
+        total: bytes of all blocks.
+        stored: bytes in pages that are not known to be zero.
+        dense: bytes in blocks that are written whole.
+        ratio: bytes that a byte of pages takes.
+        fingerprint: of the source.
+    """
+    # Of the other kinds only the device state, if anything, is on a disk.
+    sources = disks_of(job.source.image) if isinstance(job.source, ImageSource) else ()
+    bitmaps = div_ceil(total, PAGE_SIZE * 8)
+    return Estimate(
+        kind=kind,
+        memory_bytes=total,
+        stored_bytes=stored,
+        file_bytes=round((stored + dense) * ratio) + bitmaps + _OVERHEAD_BYTES,
+        fingerprint=fingerprint,
+        source_disks=sources,
+        archive_disks=disks_of(job.archive),
+    )
+
+
+def _sampled_ratio(contents: Contents, level: int) -> float:
+    """Bytes that a byte of pages takes compressed, by windows spread over the whole guest."""
+    rows = all_rows(contents.blocks)
+    step = div_ceil(max(1, len(rows)), _SAMPLED_WINDOWS)
+    compressor = zstandard.ZstdCompressor(level=level)
+    before = after = 0
+    for window in contents.windows(rows[::step]):
+        if window.data is None:
+            pieces = [window.memory]
+        else:
+            pieces = [
+                window.memory[start : start + length]
+                for start, length in zip(
+                    window.data.start.tolist(), window.data.length.tolist(), strict=True
+                )
+            ]
+        before += sum(len(piece) for piece in pieces)
+        after += sum(len(compressor.compress(piece.data)) for piece in pieces)
+    return min(1.0, after / before) if before else 1.0

@@ -1,0 +1,280 @@
+"""What is done and what is to be done: the archives of a run, and the run's journal.
+
+The journal lies in the archive of the first job. Only this module writes to catalogues and journal;
+the archives' locks are held from opening to closing, so a second run of the same job file, or of
+another that shares an archive, is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final, Self
+
+from uringmig.archive.directory import Archive, Place
+from uringmig.archive.entry import Entry
+from uringmig.archive.healing import heal
+from uringmig.batch import journal
+from uringmig.batch.job import JobFile, entry_name
+from uringmig.batch.messages import Archived
+from uringmig.batch.record import RunRecord, read_state
+from uringmig.batch.state import JobState
+from uringmig.errors import StateError, StorageError, UringmigError
+
+TIME_FORMAT: Final = "%Y%m%dT%H%M%SZ"
+
+
+class Ledger:
+    """Archives and journal of one run; a context manager.
+
+    Args:
+        job_file: the checked job file.
+        text: what it was parsed from.
+        write: lock the archives, make those that are missing, and begin or continue the journal;
+            otherwise nothing is changed.
+        resume_within_s: an interrupted run that is not older than this is gone on with.
+
+    Attributes:
+        time: what ``{time}`` stands for.
+        resumed: this run goes on with an interrupted one.
+        notes: what the operator should know, one line each.
+
+    Raises:
+        StateError: two jobs have one entry, or an archive is none.
+        FormatError: an archive's catalogue is damaged.
+        StorageError: an archive is locked by another process, or cannot be written.
+    """
+
+    def __init__(
+        self, job_file: JobFile, *, text: str, write: bool, resume_within_s: float
+    ) -> None:
+        self.job_file = job_file
+        self.notes: list[str] = []
+        self._resources = ExitStack()
+        self._archives: dict[str, Archive] = {}
+        self._entries: dict[str, dict[str, Entry]] = {}
+        try:
+            self._open_archives(write)
+            self._open_journal(journal.digest_text(text), write, resume_within_s)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give up locks and files; harmless when called again."""
+        self._resources.close()
+
+    @property
+    def archives(self) -> list[str]:
+        """Paths of the archives, each once."""
+        return sorted({job.archive for job in self.job_file.jobs})
+
+    def states(self) -> list[JobState]:
+        """Every job, with what an interrupted run has finished marked as such.
+
+        Raises:
+            StateError: two jobs have one entry.
+        """
+        host = socket.gethostname()
+        states = [
+            JobState(job, entry_name(job, host=host, time=self.time)) for job in self.job_file.jobs
+        ]
+        owners: dict[tuple[str, str], str] = {}
+        for state in states:
+            place = (state.job.archive, state.entry)
+            if place in owners:
+                raise StateError(
+                    f"{self.job_file.path}: jobs {owners[place]!r} and {state.job.name!r} have the "
+                    f"same entry {state.entry!r}; write {{name}} into it"
+                )
+            owners[place] = state.job.name
+            self._recognize(state)
+        return states
+
+    def clear_leftovers(self, states: list[JobState]) -> None:
+        """Remove interrupted copies that no job of this run goes on with."""
+        wanted = {
+            (state.job.archive, state.entry, state.job.tier) for state in states if not state.final
+        }
+        places = set()
+        for names in wanted:
+            # What no entry can be called, or one is called already, its job is told later.
+            with contextlib.suppress(StateError):
+                places.add(self._place(*names).image)
+        for archive in self._archives.values():
+            for place in archive.unfinished():
+                if place.image not in places:
+                    archive.discard(place)
+
+    def unchanged(self, state: JobState, fingerprint: str) -> bool:
+        """Say whether the entry is there already, of a source that has not changed since."""
+        entry = self._find(state.job.archive, state.entry)
+        return (
+            entry is not None
+            and entry.tier == state.job.tier
+            and fingerprint != ""
+            and entry.source_fingerprint == fingerprint
+            and entry.condition != "damaged"
+        )
+
+    def start(self, state: JobState) -> tuple[Place, str | None]:
+        """Note that a job begins to write.
+
+        Returns:
+            Where its files go, and the image to share pages with, if it is to.
+
+        Raises:
+            StateError: there is an entry of this name, or none can have it.
+        """
+        job = state.job
+        place = self._place(job.archive, state.entry, job.tier)
+        previous = self._archives[job.archive].latest_of(job.vm) if job.dedup else None
+        self._record.append(journal.Started(job=job.name, entry=state.entry))
+        return place, None if previous is None else previous.image
+
+    def finish(self, state: JobState, archived: Archived) -> None:
+        """Put a job's entry into the catalogue, and note that."""
+        try:
+            archive = self._archives[state.job.archive]
+            archive.add(archived.image)
+            if archived.verified:
+                archive.catalogue.note_checked(
+                    state.entry,
+                    cursor=0,
+                    verified_at=datetime.now(UTC).isoformat(timespec="seconds"),
+                    good=(),
+                    damaged=(),
+                )
+        except StorageError as error:
+            # The entry is whole; whoever opens the archive next finds it.
+            state.warnings.append(f"the entry is whole but not yet in the catalogue: {error}")
+        self._record.append(
+            journal.Finished(
+                job=state.job.name,
+                entry=state.entry,
+                content_digest=archived.content_digest,
+                fingerprint=archived.fingerprint,
+            )
+        )
+
+    def adopt(self, state: JobState, place: Place) -> Archived | None:
+        """An entry that is whole although its worker could not say so any more, or None."""
+        archive = self._archives[state.job.archive]
+        try:
+            # If it was killed between the two renames, this gives the manifest its name.
+            heal(archive.path, archive.catalogue)
+            archived = describe_entry(archive.find(state.entry))
+        except UringmigError:
+            return None
+        if state.job.verify:
+            state.warnings.append("the entry is whole, but was not read back")
+        return archived
+
+    def fail(self, state: JobState, place: Place | None) -> None:
+        """Remove what a job has left that is given up, and note that."""
+        if place is not None:
+            try:
+                self._archives[state.job.archive].discard(place)
+            except OSError as error:
+                state.warnings.append(f"{place.image}: leftovers remain: {error.strerror}")
+        self._record.append(journal.Failed(job=state.job.name, kind=state.kind, error=state.error))
+
+    def end(self) -> None:
+        """Note that every job is through."""
+        self._record.append(journal.Ended(at=time.time()))
+        if self._record.trouble:
+            self.notes.append(self._record.trouble)
+
+    def _open_archives(self, write: bool) -> None:
+        """Open every archive, always in one order."""
+        for path in self.archives:
+            if not write and not Path(path).exists():
+                self._entries[path] = {}
+                continue
+            archive = self._resources.enter_context(Archive.open(path, write=write))
+            self._archives[path] = archive
+            self._entries[path] = {entry.name: entry for entry in archive.entries()}
+            self.notes += archive.notes
+
+    def _open_journal(self, digest: str, write: bool, resume_within_s: float) -> None:
+        """Go on with an interrupted run's journal, or begin one."""
+        path = self._journal_path()
+        now = time.time()
+        self._state = read_state(path)
+        self.resumed = self._state.resumable(job_digest=digest, now=now, within_s=resume_within_s)
+        begun = self._state.begun
+        if not self.resumed or begun is None:
+            self._state = journal.RunState()
+            begun = journal.Begun(
+                job_file=self.job_file.path,
+                job_digest=digest,
+                time=datetime.fromtimestamp(now, UTC).strftime(TIME_FORMAT),
+                at=now,
+            )
+        self.time = begun.time
+        self._record = RunRecord(path)
+        if write:
+            self._resources.callback(self._record.close)
+            if self.resumed:
+                self._record.go_on(self._state)
+            else:
+                self._record.begin(begun)
+
+    def _journal_path(self) -> Path:
+        """In the first job's archive; one for each job file, by its path."""
+        path = self.job_file.path
+        name = f".{Path(path).stem}-{journal.digest_text(path)[:8]}{journal.SUFFIX}"
+        return Path(self.job_file.jobs[0].archive) / name
+
+    def _recognize(self, state: JobState) -> None:
+        """Mark a job that an interrupted run had finished, if its entry is still what it was."""
+        entry = self._find(state.job.archive, state.entry)
+        name = state.job.name
+        finished = self._state.finished.get(name)
+        if entry is None:
+            return
+        if finished is not None and entry.content_digest == finished.content_digest:
+            state.notes.append("finished before the run was interrupted")
+        elif self._state.started.get(name) == state.entry:
+            # Killed between the publication and the record of it.
+            state.notes.append("published before the run was interrupted")
+        else:
+            return
+        state.stage = "skipped"
+        state.archived = describe_entry(entry)
+
+    def _find(self, archive: str, name: str) -> Entry | None:
+        """An entry as it was when the run began."""
+        return self._entries[archive].get(name)
+
+    def _place(self, archive: str, name: str, tier: str) -> Place:
+        return self._archives[archive].place(name, "cold" if tier == "cold" else "hot")
+
+
+def describe_entry(entry: Entry) -> Archived:
+    """What the catalogue knows of an entry that this process did not see being made."""
+    return Archived(
+        image=entry.image,
+        kind=entry.source_kind,
+        content_digest=entry.content_digest,
+        fingerprint=entry.source_fingerprint,
+        memory_bytes=entry.memory_bytes,
+        stored_bytes=entry.stored_bytes,
+        file_bytes=entry.file_bytes,
+        allocated_bytes=Path(entry.image).stat().st_blocks * 512,
+        shared_bytes=0,
+        resumed_bytes=0,
+        ratio=entry.stored_bytes / max(1, entry.file_bytes),
+        seconds=0.0,
+        verified=entry.condition == "good",
+    )

@@ -1,0 +1,154 @@
+"""A run in Prometheus' text format, for the textfile collector of its node exporter.
+
+The file is replaced as a whole, so that a collector never reads half of it.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Final
+
+from uringmig.batch.state import JobState, RunView, Stage
+
+_INTERVAL_SECONDS: Final = 5.0
+_STAGES: Final[tuple[Stage, ...]] = (
+    "waiting", "running", "done", "skipped", "failed", "stopped",
+)  # fmt: skip
+
+
+class MetricsFile:
+    """A watcher that keeps a file up to date; trouble with it never ends a run.
+
+    Attributes:
+        trouble: why the file could not be written last time, or "".
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._written_at = float("-inf")
+        self.trouble = ""
+
+    def look(self, view: RunView) -> None:
+        """Write, unless that was just done."""
+        if time.monotonic() - self._written_at >= _INTERVAL_SECONDS:
+            self.write(view)
+
+    def changed(self, state: JobState) -> None:
+        """The next look shows it."""
+
+    def write(self, view: RunView, *, ended: bool = False) -> None:
+        """Write now.
+
+        Args:
+            view: what is so now.
+            ended: the run is over.
+        """
+        self._written_at = time.monotonic()
+        partial = self._path.with_name(f".{self._path.name}.partial")
+        try:
+            partial.write_text(render(view, now=time.time(), ended=ended))
+            # The collector runs as another user.
+            partial.chmod(0o644)
+            partial.replace(self._path)
+        except OSError as error:
+            self.trouble = f"{self._path}: metrics cannot be written: {error.strerror}"
+        else:
+            self.trouble = ""
+
+
+def render(view: RunView, *, now: float, ended: bool) -> str:
+    """The whole text; names end in their units, as Prometheus' conventions ask."""
+    page = _Page()
+    page.family("uringmig_run_ended", "gauge", "1 once every job is through.")
+    page.sample("uringmig_run_ended", int(ended))
+    page.family("uringmig_run_updated_timestamp_seconds", "gauge", "When this was written.")
+    page.sample("uringmig_run_updated_timestamp_seconds", round(now, 3))
+    page.family("uringmig_run_seconds", "gauge", "How long the run has been going on.")
+    page.sample("uringmig_run_seconds", round(view.seconds, 3))
+    page.family("uringmig_runner_memory_bytes", "gauge", "Anonymous memory of the runner.")
+    page.sample("uringmig_runner_memory_bytes", view.runner_bytes)
+    page.family("uringmig_jobs", "gauge", "Jobs by stage.")
+    for stage in _STAGES:
+        page.sample("uringmig_jobs", view.count(stage), stage=stage)
+    _jobs(page, view)
+    _disks(page, view)
+    return page.text()
+
+
+def _jobs(page: _Page, view: RunView) -> None:
+    """What is known of each job."""
+    page.family("uringmig_job_success", "gauge", "1 if the entry is whole, 0 if the job failed.")
+    for state in view.jobs:
+        if state.final:
+            success = int(state.stage in ("done", "skipped"))
+            page.sample("uringmig_job_success", success, job=state.job.name)
+    for name, text, field in (
+        ("uringmig_job_share", "Finished part of the memory.", "share"),
+        ("uringmig_job_rate_bytes", "Bytes a second so far.", "rate"),
+    ):
+        page.family(name, "gauge", text)
+        for state in view.jobs:
+            if state.progress is not None:
+                page.sample(name, round(getattr(state.progress, field), 4), job=state.job.name)
+    for name, text, field in (
+        ("uringmig_job_file_bytes", "Length of the image.", "file_bytes"),
+        ("uringmig_job_allocated_bytes", "What the image takes.", "allocated_bytes"),
+        ("uringmig_job_shared_bytes", "Shared with earlier images.", "shared_bytes"),
+        ("uringmig_job_memory_bytes", "Guest memory.", "memory_bytes"),
+    ):
+        page.family(name, "gauge", text)
+        for state in view.jobs:
+            if state.archived is not None:
+                page.sample(name, getattr(state.archived, field), job=state.job.name)
+    page.family("uringmig_job_attempts", "gauge", "Attempts begun.")
+    page.family("uringmig_worker_peak_memory_bytes", "gauge", "Most anonymous memory of a worker.")
+    for state in view.jobs:
+        page.sample("uringmig_job_attempts", state.attempts, job=state.job.name)
+        page.sample("uringmig_worker_peak_memory_bytes", state.peak_bytes, job=state.job.name)
+
+
+def _disks(page: _Page, view: RunView) -> None:
+    """What the disks do, and may be asked to do."""
+    page.family("uringmig_disk_requests_allowed", "gauge", "Requests in flight that jobs may have.")
+    page.family("uringmig_disk_requests", "gauge", "Requests in flight of admitted jobs.")
+    page.family("uringmig_disk_busy_share", "gauge", "Share of the time with something to do.")
+    page.family("uringmig_disk_rate_bytes", "gauge", "Bytes a second, of everybody.")
+    for disk in view.disks:
+        page.sample("uringmig_disk_requests_allowed", disk.depth, disk=disk.key)
+        page.sample("uringmig_disk_requests", disk.in_flight, disk=disk.key)
+        if disk.busy is not None:
+            page.sample("uringmig_disk_busy_share", round(disk.busy, 4), disk=disk.key)
+        if disk.moved is not None:
+            page.sample("uringmig_disk_rate_bytes", round(disk.moved), disk=disk.key)
+
+
+class _Page:
+    """Samples by family: Prometheus wants all of a family together, after its head."""
+
+    def __init__(self) -> None:
+        self._heads: dict[str, str] = {}
+        self._samples: dict[str, list[str]] = {}
+
+    def family(self, name: str, kind: str, text: str) -> None:
+        """Begin a family."""
+        self._heads[name] = f"# HELP {name} {text}\n# TYPE {name} {kind}\n"
+        self._samples[name] = []
+
+    def sample(self, name: str, value: float, **labels: str) -> None:
+        """Add a sample to its family."""
+        inner = ",".join(f'{key}="{_escaped(text)}"' for key, text in labels.items())
+        self._samples[name].append(f"{name}{{{inner}}} {value}\n" if inner else f"{name} {value}\n")
+
+    def text(self) -> str:
+        """Families that have samples."""
+        return "".join(
+            head + "".join(self._samples[name])
+            for name, head in self._heads.items()
+            if self._samples[name]
+        )
+
+
+def _escaped(text: str) -> str:
+    """A label's value."""
+    return text.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")

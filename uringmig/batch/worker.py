@@ -1,0 +1,139 @@
+"""A worker process: takes orders from its socket, one after the other, and says how they end.
+
+Run as ``python -m uringmig.batch.worker FD``. SIGTERM stops the order in hand cleanly, after which
+the process ends. If the socket closes, whoever gave the order is gone: the process ends at once,
+as if it had been killed; what it was writing has no final name, and QEMU, whose stream closes, lets
+its guest run on.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from typing import Final
+
+import msgspec
+
+from uringmig.batch.attempt import carry_out
+from uringmig.batch.memory import own_memory_bytes
+from uringmig.batch.messages import (
+    ORDER_DECODER,
+    Message,
+    Order,
+    OrderResult,
+    Outcome,
+    Progress,
+    failure,
+)
+from uringmig.errors import UringmigError
+from uringmig.progress import Snapshot
+from uringmig.signals import Interrupted, Signals
+from uringmig.units import KiB
+
+CarryOut = Callable[[Order, Callable[[Snapshot], None]], OrderResult]
+
+_READ_BYTES: Final = 64 * KiB
+
+
+def serve(connection: socket.socket, work: CarryOut) -> None:
+    """Carry out orders until the other side closes or an order is stopped."""
+    orders: queue.SimpleQueue[Order] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(connection, orders), daemon=True).start()
+    while True:
+        outcome = attempt(orders.get(), work, lambda message: _send(connection, message))
+        _send(connection, outcome)
+        if outcome.ending == "stopped":
+            return
+
+
+def attempt(order: Order, work: CarryOut, say: Callable[[Message], None]) -> Outcome:
+    """Carry out one order; errors and SIGTERM become outcomes.
+
+    Args:
+        order: what to do.
+        work: does it, and returns the outcome's result.
+        say: called with progress.
+    """
+    memory = _Memory()
+    try:
+        with Signals() as signals:
+
+            def tell(snapshot: Snapshot) -> None:
+                # What is about to get its name is a success, and QEMU is to learn that too.
+                if snapshot.phase == "publish":
+                    signals.hold()
+                memory.look()
+                say(_progress(order.key, snapshot))
+
+            outcome = Outcome(key=order.key, ending="done", result=work(order, tell))
+    except UringmigError as error:
+        outcome = failure(order.key, error)
+    except Interrupted as interrupted:
+        outcome = Outcome(
+            key=order.key, ending="stopped", kind="Interrupted", error=str(interrupted)
+        )
+    memory.look()
+    worker = f"{socket.gethostname()}:{os.getpid()}"
+    return msgspec.structs.replace(outcome, peak_bytes=memory.peak_bytes, worker=worker)
+
+
+class _Memory:
+    """The most memory seen."""
+
+    def __init__(self) -> None:
+        self.peak_bytes = own_memory_bytes()
+
+    def look(self) -> None:
+        """Look again."""
+        self.peak_bytes = max(self.peak_bytes, own_memory_bytes())
+
+
+def _progress(key: str, snapshot: Snapshot) -> Progress:
+    """A snapshot as a message."""
+    return Progress(
+        key=key,
+        phase=snapshot.phase,
+        total_bytes=snapshot.total_bytes,
+        finished_bytes=snapshot.finished_bytes,
+        completed_bytes=snapshot.completed_bytes,
+        seconds=snapshot.seconds,
+    )
+
+
+def _listen(connection: socket.socket, orders: queue.SimpleQueue[Order]) -> None:
+    """Put orders into the queue; end the process when there can be no more."""
+    unread = b""
+    while True:
+        try:
+            data = connection.recv(_READ_BYTES)
+        except OSError:
+            data = b""
+        if not data:
+            os._exit(1)
+        *lines, unread = (unread + data).split(b"\n")
+        for line in lines:
+            orders.put(ORDER_DECODER.decode(line))
+
+
+def _send(connection: socket.socket, message: Message) -> None:
+    """Send a message; if nobody is there any more, `_listen` notices."""
+    try:
+        connection.sendall(msgspec.json.encode(message) + b"\n")
+    except OSError:
+        return
+
+
+def main() -> None:
+    """Serve on the socket whose descriptor is the argument."""
+    # Ctrl-C is the runner's business; it tells us by SIGTERM.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    serve(socket.socket(fileno=int(sys.argv[1])), carry_out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""``uringmig archive run``: every job of a job file, here or on dask's workers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+
+from uringmig.batch.job import BYTES_MAX, parse_jobs
+from uringmig.batch.ledger import Ledger
+from uringmig.batch.metrics import MetricsFile
+from uringmig.batch.notify import Notifier
+from uringmig.batch.planning import Plan
+from uringmig.batch.pool import LocalPool, Pool
+from uringmig.batch.report import describe_run, write_report
+from uringmig.batch.runner import Run
+from uringmig.batch.state import Summary, Watcher
+from uringmig.cli import parameters
+from uringmig.cli.archive_list import table_lines
+from uringmig.cli.batchview import Lines, LiveTable, ServiceStatus
+from uringmig.cli.output import Output
+from uringmig.cli.session import Session, session_of
+from uringmig.errors import StateError, StorageError
+from uringmig.signals import Interrupted
+from uringmig.units import format_duration, format_size, parse_duration
+
+#: One to read ahead and one to wait for a slow peer, even on a host with one core.
+_WORKERS_LEAST: Final = 2
+_RESUME_WITHIN: Final = "12h"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanShown:
+    """A plan, for ``--json``; sizes in bytes."""
+
+    job_file: str
+    plan: Plan
+    fits: bool
+
+
+def _duration(text: str | float) -> float:
+    """A duration as text, or a default, as seconds."""
+    try:
+        return text if isinstance(text, float) else parse_duration(text)
+    except StateError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def run(
+    context: typer.Context,
+    jobs: Annotated[Path, typer.Argument(help="The job file (TOML).", show_default=False)],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be done and whether it fits.")
+    ] = False,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            "--workers", min=1, max=256, help="Worker processes.", show_default="one for each core"
+        ),
+    ] = None,
+    resume_within: Annotated[
+        float,
+        typer.Option(
+            "--resume-within",
+            parser=_duration,
+            metavar="DURATION",
+            help="Go on with an interrupted run that is not older than this; 0 begins anew.",
+            show_default=_RESUME_WITHIN,
+        ),
+    ] = parse_duration(_RESUME_WITHIN),
+    metrics_file: Annotated[
+        Path | None,
+        typer.Option("--metrics-file", metavar="FILE", help="Keep Prometheus metrics here."),
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option("--report", metavar="DIR", help="Write a Markdown and a JSON report here."),
+    ] = None,
+    json: parameters.Json = False,
+    quiet: parameters.Quiet = False,
+    verbose: parameters.Verbose = False,
+) -> None:
+    """Archive everything a job file names; what an interrupted run has done is not done again."""
+    session = session_of(context, json=json, quiet=quiet, verbose=verbose)
+    # Jobs are to end cleanly, each in its own process: the runner asks whether a signal came.
+    session.signals.hold()
+    text = _read(jobs)
+    job_file = parse_jobs(text, path=str(jobs.absolute()))
+    with ExitStack() as stack:
+        ledger = stack.enter_context(
+            Ledger(job_file, text=text, write=not dry_run, resume_within_s=resume_within)
+        )
+        # Ended before the ledger is: no worker writes to an archive that is not locked.
+        pool: Pool = stack.enter_context(
+            closing(LocalPool(workers or max(_WORKERS_LEAST, os.cpu_count() or 1)))
+        )
+        if dry_run:
+            run = Run(ledger, pool, stop=lambda: session.signals.number)
+            _show_plan(session.output, ledger, run)
+        summary = _run(stack, session, ledger, pool, metrics_file)
+    if report is not None:
+        write_report(summary, report)
+    _show(session.output, summary, verbose=verbose)
+    if summary.stopped_by is not None:
+        raise Interrupted(summary.stopped_by)
+    raise typer.Exit(max(summary.exit_code, session.output.exit_code))
+
+
+def _run(
+    stack: ExitStack, session: Session, ledger: Ledger, pool: Pool, metrics_file: Path | None
+) -> Summary:
+    """Plan, refuse what cannot fit, and run with everybody watching."""
+    output = session.output
+    notifier = stack.enter_context(closing(Notifier()))
+    watchers: list[Watcher] = [ServiceStatus(notifier), Lines(output)]
+    metrics = None if metrics_file is None else MetricsFile(metrics_file)
+    if metrics is not None:
+        watchers.append(metrics)
+    show = stack.enter_context(output.live())
+    if show is not None:
+        watchers.append(LiveTable(show))
+    run = Run(ledger, pool, watchers=watchers, stop=lambda: session.signals.number)
+    if ledger.resumed:
+        output.note(f"going on with the run of {ledger.time}, which was interrupted")
+    run.plan().check()
+    notifier.ready()
+    summary = run.execute()
+    notifier.stopping()
+    if metrics is not None:
+        metrics.write(run.view(), ended=True)
+        if metrics.trouble:
+            output.warn(metrics.trouble)
+    return summary
+
+
+def _read(path: Path) -> str:
+    """The job file's text.
+
+    Raises:
+        StateError: it is no text of a sane size, or cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return file.read(BYTES_MAX + 1).decode()
+    except OSError as error:
+        raise StateError(f"{path}: cannot read the job file: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise StateError(f"{path}: not UTF-8 at byte {error.start}") from None
+
+
+def _show_plan(output: Output, ledger: Ledger, run: Run) -> None:
+    """Print the plan; refuse it if it cannot fit.
+
+    Raises:
+        StorageError: it cannot fit.
+    """
+    plan = run.plan()
+    try:
+        plan.check()
+    except StorageError as error:
+        shown = PlanShown(job_file=ledger.job_file.path, plan=plan, fits=False)
+        output.result("archive run", shown, _plan_lines(plan), exit_code=error.exit_code)
+        raise
+    for row in plan.rows:
+        if row.problem:
+            output.warn(f"job {row.job}: {row.problem}")
+    shown = PlanShown(job_file=ledger.job_file.path, plan=plan, fits=True)
+    output.result("archive run", shown, _plan_lines(plan))
+    raise typer.Exit(output.exit_code)
+
+
+def _plan_lines(plan: Plan) -> list[str]:
+    """A table of jobs, and each file system's space."""
+    titles = ("JOB", "ENTRY", "TIER", "SOURCE", "MEMORY", "IN PAGES", "AT MOST")
+    rows: list[Sequence[str]] = [titles]
+    for row in plan.rows:
+        sizes = (row.memory_bytes, row.stored_bytes, row.file_bytes)
+        known = [format_size(size) for size in sizes] if row.kind else ["", "", ""]
+        state = row.kind or row.done or row.problem
+        rows.append((row.job, row.entry, row.tier, state, *known))
+    return table_lines(rows) + [
+        f"{', '.join(space.archives)}: {format_size(space.needed_bytes)} needed, "
+        f"{format_size(space.free_bytes)} free" + ("" if space.fits else ": does not fit")
+        for space in plan.spaces
+    ]
+
+
+def _show(output: Output, summary: Summary, *, verbose: bool) -> None:
+    """The summary, as an event or as lines."""
+    for note in summary.notes:
+        output.note(note)
+    output.event("summary", describe_run(summary))
+    output.text(_summary_lines(summary, verbose=verbose))
+
+
+def _summary_lines(summary: Summary, *, verbose: bool) -> list[str]:
+    """What a person wants to know of a run."""
+    counts = ", ".join(
+        f"{summary.count(stage)} {stage}"
+        for stage in ("done", "skipped", "failed", "stopped")
+        if summary.count(stage)
+    )
+    taken = summary.total(lambda one: one.allocated_bytes)
+    shared = summary.total(lambda one: one.shared_bytes)
+    lines = [
+        f"{len(summary.jobs)} jobs: {counts}, in {format_duration(summary.seconds)}",
+        f"{format_size(summary.total(lambda one: one.memory_bytes))} of memory, "
+        f"{format_size(taken)} on disk" + (f", {format_size(shared)} shared" if shared else ""),
+    ]
+    if verbose:
+        lines += [
+            f"{state.job.name}: {state.stage}, {state.entry}"
+            + (f", {format_size(state.archived.allocated_bytes)}" if state.archived else "")
+            for state in summary.jobs
+        ]
+        lines.append(
+            f"peak memory: runner {format_size(summary.peak_runner_bytes)}, "
+            f"largest worker {format_size(summary.peak_worker_bytes)}"
+        )
+    return lines
