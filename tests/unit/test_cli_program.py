@@ -373,7 +373,9 @@ def test_completion_offers_commands_and_choices() -> None:
             PROGRAM, env=environment, capture_output=True, text=True, check=True
         ).stdout.split()
 
-    assert complete("uringmig ") == ["save", "load", "inspect", "verify", "bench"]
+    assert complete("uringmig ") == [
+        "save", "load", "inspect", "verify", "bench", "archive",
+    ]  # fmt: skip
     assert complete("uringmig verify x --engine ") == ["auto", "io_uring", "pwrite"]
 
 
