@@ -106,7 +106,8 @@ def test_other_files_are_refused(data: bytes) -> None:
 def test_records_of_another_kind_are_refused() -> None:
     from uringmig.archive import copyjournal
 
-    for body in (b"{}", b'{"tier":"warm"}', b"\xff"):
+    token = b'{"tier":"hot","source":"","shape":"","token":"%s"}'
+    for body in (b"{}", b'{"tier":"warm"}', b"\xff", token % b"cd", token % (b"x" * 32)):
         with pytest.raises(FormatError, match="journal"):
             decode(MAGIC + copyjournal._record(body))
     with pytest.raises(FormatError, match="not made of chunks"):

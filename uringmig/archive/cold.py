@@ -173,14 +173,13 @@ class _ColdCopy:
         self._engine = engine or choose_engine(options.engine)
         self._guest = CopiedGuest(contents)
         self._places = _FramePlaces(self._guest)
-        live = contents.kind in LIVE_KINDS
         self._partial = PartialCopy(
             out,
             tier="cold",
-            source="" if live else contents.fingerprint(),
+            source=None if contents.kind in LIVE_KINDS else contents.fingerprint(),
             shape=_shape(contents, level),
             direct=options.direct,
-            journal=None if live else resume,
+            journal=resume,
         )
         stack.callback(self._partial.close)
         self._target = self._partial.target

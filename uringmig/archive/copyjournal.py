@@ -13,7 +13,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
 
@@ -46,7 +46,7 @@ class JournalHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     tier: Literal["hot", "cold"]
     source: str
     shape: str
-    token: str
+    token: Annotated[str, msgspec.Meta(pattern=rf"^[0-9a-f]{{{2 * TOKEN_BYTES}}}\Z")]
 
 
 @dataclass(frozen=True, slots=True)

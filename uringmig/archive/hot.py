@@ -103,14 +103,13 @@ class HotCopy:
             for number, block in enumerate(contents.blocks)
             if block.used_length <= options.dense_up_to
         )
-        live = contents.kind in LIVE_KINDS
         self._partial = PartialCopy(
             out,
             tier="hot",
-            source="" if live else contents.fingerprint(),
+            source=None if contents.kind in LIVE_KINDS else contents.fingerprint(),
             shape=_shape(contents, self._layout, self._dense, previous),
             direct=options.direct,
-            journal=None if live else resume,
+            journal=resume,
         )
         stack.callback(self._partial.close)
         self._target = self._partial.target

@@ -31,7 +31,8 @@ class PartialCopy:
     Args:
         out: the final name.
         tier: of the image.
-        source: fingerprint of the contents.
+        source: fingerprint of the contents; None: they are never the same again, so a journal that
+            lies there is removed and none is made.
         shape: digest of all that decides where bytes go and how they look.
         direct: O_DIRECT or not.
         journal: where the journal is, or goes; None: nothing is resumed.
@@ -50,23 +51,29 @@ class PartialCopy:
         out: Path,
         *,
         tier: manifest.Tier,
-        source: str,
+        source: str | None,
         shape: str,
         direct: DirectMode,
         journal: Path | None,
     ) -> None:
         self._journal_path = journal
+        #: Whether checkpoints are of any use.
+        self.resumable = journal is not None and source is not None
         self._journal: MainFile | None = None
         self._journal_end = 0
         self._header = JournalHeader(
-            tier=tier, source=source, shape=shape, token=os.urandom(copyjournal.TOKEN_BYTES).hex()
+            tier=tier,
+            source=source or "",
+            shape=shape,
+            token=os.urandom(copyjournal.TOKEN_BYTES).hex(),
         )
         former: Journal | None = None
 
         def keep(main: MainFile) -> bool:
             # Under the partial file's lock: nobody appends to the journal meanwhile.
             nonlocal former
-            former = None if journal is None else _load(journal, self._header)
+            if journal is not None and source is not None:
+                former = _load(journal, self._header)
             return former is not None and main.read_at(0, len(_mark(former))) == _mark(former)
 
         self.target = NamedTarget(out, mode=direct, sidecar_suffix=manifest.SUFFIX, keep=keep)
@@ -75,17 +82,11 @@ class PartialCopy:
             self.taken_over = former.chunks
             self._header = former.header
             self._journal_end = former.valid_bytes
-        self._published = False
         try:
             self.target.main.write_at(0, _MARK + bytes.fromhex(self._header.token))
         except BaseException:
             self.close()
             raise
-
-    @property
-    def resumable(self) -> bool:
-        """Whether checkpoints are of any use."""
-        return self._journal_path is not None
 
     def checkpoint(self, chunks: Sequence[Chunk]) -> None:
         """Make the file durable, then note that these chunks are.
@@ -95,8 +96,8 @@ class PartialCopy:
         Raises:
             StorageError: nothing may be said to be safe after this.
         """
-        if self._journal_path is None:
-            return
+        assert self.resumable, "there is no journal"
+        assert self._journal_path is not None
         self.target.main.sync()
         if self._journal is None:
             self._journal = _open_journal(self._journal_path)
@@ -116,7 +117,6 @@ class PartialCopy:
         """
         path = self.target.publish(sidecar)
         assert path is not None, "a named target with a sidecar"
-        self._published = True
         return path
 
     def close(self) -> None:
@@ -144,7 +144,7 @@ def _load(path: Path, wanted: JournalHeader) -> Journal | None:
         return None
     found = journal.header
     same = (found.tier, found.source, found.shape) == (wanted.tier, wanted.source, wanted.shape)
-    return journal if same and len(found.token) == 2 * copyjournal.TOKEN_BYTES else None
+    return journal if same else None
 
 
 def _open_journal(path: Path) -> MainFile:
