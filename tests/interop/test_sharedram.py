@@ -225,6 +225,27 @@ def test_qemu_that_does_not_end_its_migration_is_told_to_cancel(
     assert told == ["migrate_cancel"]
 
 
+def test_another_clients_migration_is_left_alone(
+    start_machine: StartMachine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It begins after we looked: QEMU refuses ours, and we neither wait for it nor cancel it."""
+    machine = start_machine(memory_bytes=SMALL_BYTES, shared=shared_path())
+    configure = sharedram._configure
+
+    def late(monitor: Monitor) -> None:
+        machine.monitor.set_parameters(**{"max-bandwidth": 1})
+        machine.monitor.execute("migrate", uri=f"file:{tmp_path / 'slow'}")
+        configure(monitor)
+
+    monkeypatch.setattr(sharedram, "_configure", late)
+    monkeypatch.setattr(sharedram, "_ENDING_SECONDS", 0.2)
+    with Monitor(machine.qmp_path) as monitor, pytest.raises(PeerError, match="refused"):
+        save_shared(monitor, tmp_path / "vm.mig")
+    assert machine.monitor.migration().status == "active"
+    machine.monitor.execute("migrate_cancel")
+    machine.monitor.wait_for_migration(timeout_s=60)
+
+
 def test_quit_ends_qemu(start_machine: StartMachine, tmp_path: Path) -> None:
     machine = start_machine(memory_bytes=SMALL_BYTES, shared=shared_path(), paused=True)
     result = save_shared(machine.monitor, tmp_path / "vm.mig", then="quit")

@@ -28,7 +28,7 @@ from uringmig.options import WriteOptions
 from uringmig.progress import ProgressCallback
 from uringmig.qemu.backing import open_backing
 from uringmig.qemu.devicestream import DeviceStream, receive
-from uringmig.qemu.monitor import POLL_S, Monitor
+from uringmig.qemu.monitor import POLL_S, CommandError, Monitor
 from uringmig.result import SaveResult
 from uringmig.writer import MappedRamWriter, RamBlock
 
@@ -243,11 +243,13 @@ def _migrating(monitor: Monitor) -> Iterator[socket.socket]:
         try:
             _configure(monitor)
             monitor.execute("migrate", uri=f"fd:{_DESCRIPTOR_NAME}")
-        except BaseException:
+        except BaseException as error:
             with contextlib.suppress(PeerError):
                 monitor.execute("closefd", fdname=_DESCRIPTOR_NAME)
             # An interrupt may come when QEMU has already begun; settings need it to have ended.
-            _take_back(monitor, ours)
+            # Where QEMU refused, what goes on there, if anything, is another client's.
+            if not isinstance(error, CommandError):
+                _take_back(monitor, ours)
             raise
         try:
             yield ours
