@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import time
@@ -78,11 +79,12 @@ def kill(process: subprocess.Popen[str]) -> None:
 
 def children(pid: int) -> list[int]:
     """Process ids of a process's children."""
-    try:
-        text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-    except OSError:
-        return []
-    return [int(word) for word in text.split()]
+    found: list[int] = []
+    # Each is listed with the thread that started it; threads come and go.
+    for listing in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            found += map(int, listing.read_text().split())
+    return found
 
 
 def wait_until_gone(pid: int, *, patience_s: float = 60.0) -> None:

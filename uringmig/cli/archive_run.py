@@ -57,6 +57,15 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be done and whether it fits.")
     ] = False,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(
+            "--scheduler",
+            metavar="tcp://HOST:PORT",
+            help="Have the workers of this dask scheduler do it; each job's host is a resource.",
+            show_default="this host",
+        ),
+    ] = None,
     workers: Annotated[
         int | None,
         typer.Option(
@@ -96,9 +105,7 @@ def run(
             Ledger(job_file, text=text, write=not dry_run, resume_within_s=resume_within)
         )
         # Ended before the ledger is: no worker writes to an archive that is not locked.
-        pool: Pool = stack.enter_context(
-            closing(LocalPool(workers or max(_WORKERS_LEAST, os.cpu_count() or 1)))
-        )
+        pool = stack.enter_context(closing(_pool(scheduler, workers)))
         if dry_run:
             run = Run(ledger, pool, stop=lambda: session.signals.number)
             _show_plan(session.output, ledger, run)
@@ -136,6 +143,27 @@ def _run(
         if metrics.trouble:
             output.warn(metrics.trouble)
     return summary
+
+
+def _pool(scheduler: str | None, workers: int | None) -> Pool:
+    """This host's processes, or a cluster's.
+
+    Raises:
+        StateError: the two ask for different things, or dask is not installed.
+        BusyError: there is no such scheduler.
+    """
+    if scheduler is None:
+        return LocalPool(workers or max(_WORKERS_LEAST, os.cpu_count() or 1))
+    if workers is not None:
+        raise StateError("--workers is for this host; a scheduler has its own workers")
+    try:
+        # Optional, and slow to import.
+        from uringmig.batch.cluster import ClusterPool
+    except ImportError:
+        raise StateError(
+            "--scheduler needs dask.distributed: pip install 'uringmig[distributed]'"
+        ) from None
+    return ClusterPool(scheduler)
 
 
 def _read(path: Path) -> str:
