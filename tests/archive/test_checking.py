@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from archiveentries import add_cold_entry, add_entry, flip, place_of
+from loopdisk import mounted, run
 from pagecache import drop, resident_bytes
 from smallguests import MIB
 
@@ -16,8 +19,12 @@ from uringmig.archive.checking import ArchiveCheck, verify_archive
 from uringmig.archive.directory import Archive
 from uringmig.archive.entry import Entry
 from uringmig.errors import StateError
-from uringmig.options import ReadOptions
+from uringmig.iobatch import Completions, IoBatch
+from uringmig.options import EngineName, ReadOptions
 from uringmig.progress import Snapshot
+from uringmig.storage.choice import EngineChoice
+from uringmig.storage.engine import Engine
+from uringmig.storage.pwrite import PwriteEngine
 
 #: Three windows of RAM, then one of video memory and one of ROM.
 RAM = 9 * MIB
@@ -114,6 +121,81 @@ def test_manifest_that_rotted_is_damage(archive: Archive) -> None:
     [check] = verify_archive(archive).entries
     # One window differs from its digest, and the digests from that of the whole guest.
     assert sorted(damage.chunk for damage in check.damage) == [checking.STREAM_CHUNK, 0]
+
+
+class BadSectors:
+    """An engine over a disk on which some bytes of the file cannot be read any more."""
+
+    def __init__(self, inner: Engine, start: int, end: int) -> None:
+        self.depth = inner.depth
+        self._inner = inner
+        self._range = start, end
+        self._failed: list[int] = []
+
+    def submit(self, batch: IoBatch) -> None:
+        start, end = self._range
+        bad = (batch.file_offset < end) & (batch.file_offset + batch.length > start)
+        self._failed += batch.token[bad].tolist()
+        good = ~bad
+        if good.any():
+            self._inner.submit(
+                IoBatch(
+                    batch.address[good],
+                    batch.length[good],
+                    batch.file_offset[good],
+                    batch.token[good],
+                )
+            )
+
+    def reap(self, *, wait_count: int, timeout_ns: int) -> Completions:
+        failed, self._failed = self._failed, []
+        if failed:
+            result = np.full(len(failed), -errno.EIO, np.int64)
+            return Completions(np.array(failed, np.int64), result)
+        return self._inner.reap(wait_count=wait_count, timeout_ns=timeout_ns)
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+@TIERS
+@pytest.mark.parametrize("chunk", [0, 1, 3])
+def test_chunk_that_cannot_be_read_is_damage_and_the_rest_is_looked_at(
+    archive: Archive, add: Add, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = add(archive, "one", ram_bytes=RAM)
+    offset, _ = place_of(entry, chunk)
+
+    def bad(_: EngineName) -> EngineChoice:
+        return EngineChoice(
+            "pwrite",
+            lambda fd, operation, depth: BadSectors(
+                PwriteEngine(fd, operation, depth), offset, offset + 512
+            ),
+        )
+
+    for module in ("uringmig.reader", "uringmig.archive.coldread"):
+        monkeypatch.setattr(f"{module}.choose_engine", bad)
+    [check] = verify_archive(archive).entries
+    assert check.checked_chunks == CHUNKS
+    [damage] = check.damage
+    assert damage.chunk == chunk
+    assert "EIO" in damage.text
+
+
+def test_archive_that_cannot_be_written_is_verified_all_the_same(tmp_path: Path) -> None:
+    with mounted("tmpfs", tmp_path, size=32 * MIB) as disk:
+        with Archive.open(disk / "a", write=True) as archive:
+            entry = add_entry(archive, "one", ram_bytes=RAM)
+            flip(entry.image, place_of(entry, 1)[0])
+        run("mount", "-o", "remount,ro", str(disk))
+        with Archive.open(disk / "a", write=False) as reader:
+            report = verify_archive(reader)
+            assert [damage.chunk for damage in report.entries[0].damage] == [1]
+            [note] = report.notes
+            assert "cannot be kept" in note
+            assert reader.find("one").condition == "unchecked"
+            assert reader.damage("one") == []
 
 
 # Passes that go on.

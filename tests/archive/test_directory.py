@@ -20,7 +20,7 @@ from smallguests import left_in, make_guest
 from uringmig.archive.catalogue import Damage
 from uringmig.archive.directory import Archive, reindex
 from uringmig.archive.entry import check_name, read_entry
-from uringmig.errors import MismatchError, StateError, StorageError
+from uringmig.errors import FormatError, MismatchError, StateError, StorageError
 
 
 @pytest.fixture
@@ -261,54 +261,76 @@ def test_partial_files_go_unless_they_can_go_on_or_are_being_written(archive: Ar
     ]  # fmt: skip
 
 
-#: Makes a writer die before its STEP-th call; prints what it called.
+#: Does ACTION in copies of TEMPLATE, in a process of its own each, which dies before its n-th call;
+#: the last one lives. Copies are named by n. One interpreter for all: starting it takes longest.
 DEADLY = """
-import os, signal, sqlite3, sys
-tests, folder, step, action = sys.argv[1:5]
+import os, shutil, signal, sqlite3, sys
+tests, template, action = sys.argv[1:4]
 sys.path.insert(0, tests)
 from archiveentries import add_entry
-from uringmig.archive.directory import Archive
-made = []
-def die(name):
-    made.append(name)
-    if len(made) == int(step):
-        os.kill(os.getpid(), signal.SIGKILL)
-def deadly(name, call):
-    def wrapped(*args, **named):
-        die(name)
-        return call(*args, **named)
-    return wrapped
-archive = Archive.open(folder, write=True)
-class Connection(sqlite3.Connection):
-    def execute(self, sql, *args):
-        die("sql " + sql.split()[0])
-        return super().execute(sql, *args)
+from uringmig.archive.directory import Archive, reindex
 connect = sqlite3.connect
-sqlite3.connect = lambda *args, **named: connect(*args, factory=Connection, **named)
-for name in ("unlink", "rename", "fsync", "fdatasync"):
-    setattr(os, name, deadly(name, getattr(os, name)))
-if action == "add":
-    add_entry(archive, "new", seed=1)
-else:
-    archive.remove("old")
-print(" ".join(made))
+def act(folder, step):
+    made = []
+    def die(name):
+        made.append(name)
+        if len(made) == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+    def deadly(name, call):
+        def wrapped(*args, **named):
+            die(name)
+            return call(*args, **named)
+        return wrapped
+    if action != "reindex":
+        archive = Archive.open(folder, write=True)
+    class Connection(sqlite3.Connection):
+        def execute(self, sql, *args):
+            die("sql " + sql.split()[0])
+            return super().execute(sql, *args)
+    sqlite3.connect = lambda *args, **named: connect(*args, factory=Connection, **named)
+    for name in ("unlink", "rename", "fsync", "fdatasync"):
+        setattr(os, name, deadly(name, getattr(os, name)))
+    if action == "add":
+        add_entry(archive, "new", seed=1, ram_bytes=1 << 16)
+    elif action == "reindex":
+        reindex(folder)
+    else:
+        archive.remove("old")
+for step in range(1, 200):
+    folder = f"{template}-{step}"
+    shutil.copytree(template, folder, copy_function=shutil.copy2)
+    child = os.fork()
+    if not child:
+        act(folder, step)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    assert status in (0, signal.SIGKILL), status
+    if status == 0:
+        break
+print(step)
 """
+
+
+def killed_at_every_step(template: Path, action: str) -> list[Path]:
+    """Folders left by writers that died, in the order of their steps; the last one did not."""
+    tests = str(Path(__file__).parents[1])
+    command = [sys.executable, "-c", DEADLY, tests, str(template), action]
+    # Whoever dies leaves its temporary folder.
+    environment = {**os.environ, "TMPDIR": str(template.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    steps = int(done.stdout)
+    assert steps > 10
+    return [Path(f"{template}-{step}") for step in range(1, steps + 1)]
 
 
 @pytest.mark.parametrize("action", ["add", "remove"])
 def test_writer_killed_at_every_step(tmp_path: Path, action: str) -> None:
     """Before any call: the entry is whole or not there, and the next writer leaves nothing."""
-    template = tmp_path / "template"
-    with Archive.open(template, write=True) as archive:
-        old = add_entry(archive, "old", vm="old")
+    with Archive.open(tmp_path / "a", write=True) as archive:
+        add_entry(archive, "old", vm="old", ram_bytes=1 << 16)
     outcomes = []
-    for step in range(1, 200):
-        folder = tmp_path / f"{action}{step}"
-        shutil.copytree(template, folder, copy_function=shutil.copy2)
-        arguments = [str(Path(__file__).parents[1]), str(folder), str(step), action]
-        done = subprocess.run([sys.executable, "-c", DEADLY, *arguments],
-                              capture_output=True, text=True, check=False)  # fmt: skip
-        assert done.returncode in (0, -9), done.stderr
+    for folder in killed_at_every_step(archive.path, action):
         before = reader_sees(folder)
         with Archive.open(folder, write=True) as healed:
             names = [entry.name for entry in healed.entries()]
@@ -319,15 +341,61 @@ def test_writer_killed_at_every_step(tmp_path: Path, action: str) -> None:
         assert set(left_in(folder)) == files | {".lock", "catalogue.sqlite"}
         assert set(before) <= set(names) | {"old"}
         outcomes.append(sorted(names))
-        shutil.rmtree(folder)
-        if done.returncode == 0:
-            break
-    first, last = (["old"], ["new", "old"]) if action == "add" else (["old"], [])
-    assert outcomes[0] == first
-    assert outcomes[-1] == last
-    assert outcomes == sorted(outcomes, key=lambda names: names != first), "there and back again"
-    assert len(outcomes) > 10
-    assert old.name == "old"
+    assert outcomes[0] == ["old"]
+    assert outcomes[-1] == (["new", "old"] if action == "add" else [])
+    assert outcomes == sorted(outcomes, key=lambda names: names != ["old"]), "there and back again"
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_reindex_killed_at_every_step(tmp_path: Path, damaged: bool) -> None:
+    """A damaged catalogue stays so or is whole again; a whole one is never worse for it."""
+    with Archive.open(tmp_path / "a", write=True) as archive:
+        entries = [add_entry(archive, name, ram_bytes=1 << 16) for name in ("a", "b")]
+    if damaged:
+        (archive.path / "catalogue.sqlite").write_bytes(b"rot" * 9999)
+    files = {Path(path).name for one in entries for path in (one.image, one.manifest)}
+    outcomes = []
+    for folder in killed_at_every_step(archive.path, "reindex"):
+        try:
+            names = reader_sees(folder)
+        except FormatError:
+            assert damaged
+            names = []
+        else:
+            assert names == ["a", "b"]
+        outcomes.append(names)
+        assert reindex(folder).entries == 2
+        assert set(left_in(folder)) == files | {".lock", "catalogue.sqlite"}
+    assert outcomes == sorted(outcomes)
+    assert outcomes[-1] == ["a", "b"]
+
+
+def test_readers_see_whole_entries_while_a_writer_comes_and_goes(tmp_path: Path) -> None:
+    """Every entry a reader is given has its manifest and image, or is gone by the next look."""
+    folder = tmp_path / "a"
+    with Archive.open(folder, write=True) as archive:
+        add_entry(archive, "stays")
+    code = (
+        "import sys, time; sys.path.insert(0, sys.argv[1])\n"
+        "from archiveentries import add_entry\n"
+        "from uringmig.archive.directory import Archive\n"
+        "end = time.monotonic() + 2\n"
+        "while time.monotonic() < end:\n"
+        "    with Archive.open(sys.argv[2], write=True) as archive:\n"
+        "        add_entry(archive, 'comes', ram_bytes=1 << 16)\n"
+        "        archive.remove('comes')\n"
+    )
+    tests = str(Path(__file__).parents[1])
+    writer = subprocess.Popen([sys.executable, "-c", code, tests, str(folder)])
+    looks = 0
+    while writer.poll() is None:
+        with Archive.open(folder, write=False) as reader:
+            names = [entry.name for entry in reader.entries()]
+            assert names in (["stays"], ["stays", "comes"], ["comes", "stays"])
+            looks += 1
+    assert writer.returncode == 0
+    assert looks > 20
+    assert [entry.name for entry in Archive.open(folder, write=False).entries()] == ["stays"]
 
 
 def reader_sees(folder: Path) -> list[str]:
