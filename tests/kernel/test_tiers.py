@@ -6,6 +6,7 @@ import errno
 from pathlib import Path
 
 import pytest
+from pagecache import resident_bytes
 from smallguests import (
     MIB,
     OPTIONS,
@@ -157,3 +158,17 @@ def test_errno_of_a_missing_folder(tmp_path: Path) -> None:
         with pytest.raises(Exception, match="missing") as caught:
             write_hot(contents, tmp_path / "missing" / "b.mig", options=OPTIONS)
         assert getattr(caught.value, "errno", None) == errno.ENOENT
+
+
+def test_page_cache_stays_clean(tmp_path: Path) -> None:
+    """Neither end of a copy is in the page cache afterwards, nor what a checkpoint needed."""
+    guest = save(tmp_path / "a.mig", ram_bytes=64 * MIB)
+    copies = [("a.mig", "b.mig"), ("b.mig", "b.cold"), ("b.cold", "c.mig")]
+    for source, out in copies:
+        contents = (open_cold if source.endswith("cold") else MappedRamContents)(tmp_path / source)
+        write = write_cold if out.endswith("cold") else write_hot
+        with contents:
+            write(contents, tmp_path / out, options=OPTIONS, resume=tmp_path / "journal")
+    for name in {name for copy in copies for name in copy}:
+        assert resident_bytes(tmp_path / name) < MIB // 2, name
+    check_image(tmp_path / "c.mig", guest)

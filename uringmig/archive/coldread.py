@@ -36,6 +36,7 @@ from uringmig.pages import bitmap
 from uringmig.pages.runs import PageRuns
 from uringmig.plan import Window, plan_runs
 from uringmig.reader import zero_clear_pages
+from uringmig.storage.buffers import aligned_buffer
 from uringmig.storage.choice import choose_engine
 from uringmig.storage.directfile import open_direct
 from uringmig.storage.engine import Operation
@@ -65,8 +66,8 @@ class ColdContents:
     """
 
     kind = "cold"
-    #: The window's memory, then the pages as they were gathered, then the frame.
-    buffer_bytes = 2 * WINDOW_BYTES + FRAME_BYTES_MAX
+    #: The window's memory, then the frame.
+    buffer_bytes = WINDOW_BYTES + FRAME_BYTES_MAX
 
     def __init__(self, path: str | os.PathLike[str], *, options: ReadOptions) -> None:
         self.path = os.fspath(path)
@@ -185,7 +186,7 @@ class ColdContents:
         count = div_ceil(int(frames.length[number]), PAGE_SIZE)
         return plan_runs(
             PageRuns(np.array([0], np.int64), np.array([count], np.int64)),
-            address=buffer.ctypes.data + 2 * WINDOW_BYTES,
+            address=buffer.ctypes.data + WINDOW_BYTES,
             file_offset=int(frames.offset[number]),
             block_size=self._options.block_size,
         )
@@ -196,13 +197,13 @@ class ColdContents:
         number = self._frame_of[row]
         frames = self.index.frames
         memory = buffer[: window.length_bytes]
-        frame = buffer[2 * WINDOW_BYTES :][: int(frames.length[number])]
+        frame = buffer[WINDOW_BYTES:][: int(frames.length[number])]
         if digest.window_digest(frame) != frames.frame_digest[number].tobytes():
             raise self._damaged(number, "a frame is damaged")
         bits = bitmap.unpack(frames.bits[number], first_page=0, page_count=window.page_count)
-        stored = int(np.count_nonzero(bits)) * PAGE_SIZE
-        pages = memory if bits.all() else buffer[WINDOW_BYTES : WINDOW_BYTES + stored]
-        if not self._unpack(frame, pages):
+        thread = self._thread()
+        pages = memory if bits.all() else thread.pages[: int(np.count_nonzero(bits)) * PAGE_SIZE]
+        if not thread.unpack(frame, pages):
             raise self._damaged(number, "a frame does not hold its pages")
         if not bits.all():
             zero_clear_pages(memory, bits)
@@ -211,20 +212,12 @@ class ColdContents:
             raise self._damaged(number, "a frame holds other memory than was saved")
         return WindowRead(*row, memory, extents_of(bits))
 
-    def _unpack(self, frame: NDArray[np.uint8], pages: NDArray[np.uint8]) -> bool:
-        """Decompress exactly ``pages`` from the frame; False where it holds anything else."""
-        decompressor = getattr(self._threads, "decompressor", None)
-        if decompressor is None:
-            decompressor = zstandard.ZstdDecompressor(max_window_size=2 * WINDOW_BYTES)
-            self._threads.decompressor = decompressor
-        try:
-            reader = decompressor.stream_reader(frame.data)
-            length = 0
-            while length < len(pages) and (count := reader.readinto(pages[length:].data)):
-                length += count
-            return length == len(pages) and not reader.read(1)
-        except zstandard.ZstdError:
-            return False
+    def _thread(self) -> _Unpacker:
+        """What the calling thread unpacks with."""
+        unpacker: _Unpacker | None = getattr(self._threads, "unpacker", None)
+        if unpacker is None:
+            unpacker = self._threads.unpacker = _Unpacker()
+        return unpacker
 
     def _damaged(self, number: int, what: str) -> MismatchError:
         """Name a frame's place."""
@@ -235,6 +228,25 @@ class ColdContents:
             block=self.blocks[int(frames.block_index[number])].idstr,
             offset=int(frames.offset[number]),
         )
+
+
+class _Unpacker:
+    """One thread's decompressor, and a buffer for pages before they go where they belong."""
+
+    def __init__(self) -> None:
+        self.pages = aligned_buffer(WINDOW_BYTES)
+        self._zstd = zstandard.ZstdDecompressor(max_window_size=2 * WINDOW_BYTES)
+
+    def unpack(self, frame: NDArray[np.uint8], pages: NDArray[np.uint8]) -> bool:
+        """Decompress exactly ``pages`` from the frame; False where it holds anything else."""
+        try:
+            reader = self._zstd.stream_reader(frame.data)
+            length = 0
+            while length < len(pages) and (count := reader.readinto(pages[length:].data)):
+                length += count
+            return length == len(pages) and not reader.read(1)
+        except zstandard.ZstdError:
+            return False
 
 
 def _read(main: MainFile) -> tuple[ColdHeader, ColdIndex]:
