@@ -99,12 +99,15 @@ def _copy(order: dict[str, Any]) -> None:
         rate=order.get("rate", 0),
     )
     engine = RING if order.get("rate") else PWRITE
-    write = write_hot if order["tier"] == "hot" else write_cold
     with MappedRamContents(order["source"]) as contents:
         if order.get("step"):
             _die_at(order["step"])
         out, journal = Path(order["out"]), Path(order["journal"])
-        write(contents, out, options=options, resume=journal, engine=engine)
+        if order["tier"] == "cold":
+            write_cold(contents, out, options=options, resume=journal, engine=engine)
+            return
+        previous = Path(order["previous"]) if "previous" in order else None
+        write_hot(contents, out, options=options, resume=journal, previous=previous, engine=engine)
 
 
 def _serve() -> None:

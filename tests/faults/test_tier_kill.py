@@ -6,12 +6,14 @@ import os
 import random
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pytest
 from copyserver import CopyServer
+from loopdisk import mounted
 from smallguests import MIB, OPTIONS, check_image, copy_of, left_in, make_guest, ramblocks_of
 
 from uringmig import MappedRamWriter
@@ -59,6 +61,14 @@ class Place:
             writer.write_all()
             writer.finish()
         self.guest = copy_of(guest)
+
+    def kill_after_a_checkpoint(self, server: CopyServer, **more: str) -> None:
+        """Begin a slow copy, and kill it when its journal has chunks."""
+        pid = server.start(**self.order(rate=24 * MIB), **more)
+        while not (self.journal.exists() and self.journal.stat().st_size > 1000):
+            time.sleep(0.01)
+        os.kill(pid, signal.SIGKILL)
+        assert server.end() == -signal.SIGKILL
 
     def order(self, **more: int) -> dict[str, str | int]:
         paths = {"source": str(self.source), "out": str(self.out), "journal": str(self.journal)}
@@ -150,3 +160,83 @@ def test_killed_at_random_times_and_resumed(tmp_path: Path, server: CopyServer, 
         place.clear()
     assert max(resumed) > 4 * MIB, "never killed after a checkpoint"
     assert len(set(resumed)) > 1
+
+
+def start_anew_cases() -> dict[str, Callable[[Place], object]]:
+    def overwrite(path: Path, at: int, data: bytes) -> None:
+        with path.open("r+b") as file:
+            file.seek(at)
+            file.write(data)
+
+    def first_chunks(place: Place) -> int:
+        return 16 + 4 + int.from_bytes(place.journal.read_bytes()[16:20], "big") + 16
+
+    partial = "vm.partial"
+    return {
+        "source touched": lambda place: os.utime(place.source),
+        "partial file gone": lambda place: (place.archive / partial).unlink(),
+        "partial file of another copy": lambda place: overwrite(
+            place.archive / partial, 16, bytes(16)
+        ),
+        "journal gone": lambda place: place.journal.unlink(),
+        "journal of something else": lambda place: place.journal.write_bytes(b"anything"),
+        "journal's header damaged": lambda place: overwrite(place.journal, 40, b"\xff"),
+        "journal's first chunks damaged": lambda place: overwrite(
+            place.journal, first_chunks(place) + 100, b"\xff"
+        ),
+    }
+
+
+@TIERS
+@pytest.mark.parametrize("case", start_anew_cases())
+def test_what_does_not_fit_is_not_believed(
+    tmp_path: Path, server: CopyServer, tier: Tier, case: str
+) -> None:
+    place = Place(tmp_path, tier, ram_bytes=24 * MIB, dense=False)
+    place.kill_after_a_checkpoint(server)
+    start_anew_cases()[case](place)
+    result, _ = place.copy()
+    assert result.resumed_bytes == 0
+    place.check()
+    assert left_in(place.archive) == ["vm", "vm.manifest.json"]
+
+
+def test_other_level_starts_anew(tmp_path: Path, server: CopyServer) -> None:
+    place = Place(tmp_path, "cold", ram_bytes=24 * MIB, dense=False)
+    place.kill_after_a_checkpoint(server)
+    with MappedRamContents(place.source) as contents:
+        result = write_cold(contents, place.out, level=1, options=OPTIONS, resume=place.journal)
+    assert result.resumed_bytes == 0
+    place.check()
+
+
+def test_journal_with_a_torn_end_goes_on_from_its_whole_records(
+    tmp_path: Path, server: CopyServer
+) -> None:
+    place = Place(tmp_path, "hot", ram_bytes=24 * MIB, dense=False)
+    place.kill_after_a_checkpoint(server)
+    with place.journal.open("ab") as file:
+        file.write(b"\0\0\0\xb8torn")
+    result, _ = place.copy()
+    assert result.resumed_bytes > 0
+    place.check()
+
+
+def test_killed_copy_with_shared_blocks_goes_on(tmp_path: Path, server: CopyServer) -> None:
+    """Pages are compared with what lies in the new file, wherever the copy was killed."""
+    with mounted("xfs", tmp_path, size=512 * MIB) as disk:
+        place = Place(disk, "hot", ram_bytes=48 * MIB, dense=True)
+        earlier = disk / "earlier.mig"
+        other = {name: np.frombuffer(data, np.uint8).copy() for name, data in place.guest.items()}
+        other["pc.ram"].reshape(-1, 4096)[::2] ^= 0xFF  # every second page is another one now
+        with MappedRamWriter(earlier, ramblocks_of(other), options=OPTIONS) as writer:
+            writer.write_all()
+            writer.finish()
+        place.kill_after_a_checkpoint(server, previous=str(earlier))
+        with MappedRamContents(place.source) as contents:
+            result = write_hot(
+                contents, place.out, options=OPTIONS, resume=place.journal, previous=earlier
+            )
+        assert 0 < result.resumed_bytes < result.memory_bytes
+        assert result.shared_bytes > 20 * MIB
+        place.check()

@@ -6,6 +6,7 @@ import errno
 from pathlib import Path
 
 import pytest
+from coldreader import read_cold
 from pagecache import resident_bytes
 from smallguests import (
     MIB,
@@ -22,8 +23,10 @@ from smallguests import (
 from uringmig import MappedRamWriter, MismatchError, StateError, verify
 from uringmig.archive.cold import open_cold, write_cold
 from uringmig.archive.hot import write_hot
-from uringmig.archive.tier import EntryLabel
+from uringmig.archive.tier import EntryLabel, TierResult
 from uringmig.contents.mappedram import MappedRamContents
+from uringmig.contents.plainfile import PlainFileContents
+from uringmig.contents.streaming import plain_pieces
 from uringmig.manifest import ArchiveFields, ColdManifest, decode, decode_any, decode_cold
 from uringmig.storage.choice import EngineChoice
 
@@ -37,6 +40,13 @@ def save(path: Path, seed: int = 0, *, ram_bytes: int = 21 * MIB) -> dict[str, b
         writer.write_all()
         writer.finish()
     return copy_of(guest)
+
+
+def archive_fields(result: TierResult) -> ArchiveFields:
+    """What makes a result's image an entry."""
+    fields = result.manifest.archive
+    assert isinstance(fields, ArchiveFields)
+    return fields
 
 
 @ENGINES
@@ -77,8 +87,7 @@ def test_cold_and_back(tmp_path: Path, engine: EngineChoice) -> None:
     assert (fields.name, fields.vm, fields.host, fields.tier) == ("a-1", "a", "here", "cold")
     assert (fields.source_kind, fields.source_path) == ("qmp", "/run/a")
     for result in (hot, back):
-        assert isinstance(result.manifest.archive, ArchiveFields)
-        assert result.manifest.archive.content_digest == fields.content_digest
+        assert archive_fields(result).content_digest == fields.content_digest
 
 
 def test_zeros_cost_nothing_in_a_cold_image(tmp_path: Path) -> None:
@@ -172,3 +181,23 @@ def test_page_cache_stays_clean(tmp_path: Path) -> None:
     for name in {name for copy in copies for name in copy}:
         assert resident_bytes(tmp_path / name) < MIB // 2, name
     check_image(tmp_path / "c.mig", guest)
+
+
+def test_hot_cold_stream_and_back(tmp_path: Path) -> None:
+    """Through every form there is: equal memory, device state and digest of the whole guest."""
+    guest = save(tmp_path / "a.mig")
+    with MappedRamContents(tmp_path / "a.mig") as contents:
+        tail = contents.device_state().tail
+        first = write_cold(contents, tmp_path / "a.cold", options=OPTIONS)
+    assert read_cold(tmp_path / "a.cold").contents == guest
+    with open_cold(tmp_path / "a.cold") as contents, (tmp_path / "a.stream").open("wb") as file:
+        for piece in plain_pieces(contents):
+            file.write(piece)
+    with PlainFileContents(tmp_path / "a.stream") as contents:
+        hot = write_hot(contents, tmp_path / "b.mig", options=OPTIONS)
+        cold = write_cold(contents, tmp_path / "b.cold", options=OPTIONS)
+    assert check_image(tmp_path / "b.mig", guest).tail == tail
+    image = read_cold(tmp_path / "b.cold")
+    assert (image.contents, image.tail) == (guest, tail)
+    digests = [archive_fields(result).content_digest for result in (first, hot, cold)]
+    assert len(set(digests)) == 1
