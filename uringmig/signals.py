@@ -88,6 +88,15 @@ class Signals:
         raise Interrupted(self._number)
 
 
+def ignore() -> None:
+    """No signal changes any more how this process ends: all is done, and its exit code is settled.
+
+    Python takes some time to end after that, in which its own handlers would end it as if killed.
+    """
+    for number in _NUMBERS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _is_shielded(frame: FrameType | None) -> bool:
     """Say whether a frame or a caller of it must not be torn apart."""
     while frame is not None:

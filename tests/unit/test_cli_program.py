@@ -223,6 +223,15 @@ def test_a_bug_of_ours_is_70_and_never_1(image: Path) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_after_the_end_changes_nothing(image: Path, number: signal.Signals) -> None:
+    """What is done is not called interrupted while Python takes itself down."""
+    late = "import atexit, os, uringmig.cli as c; "
+    late += f"atexit.register(os.kill, os.getpid(), {int(number)}); c.main()"
+    done = subprocess.run([sys.executable, "-c", late, "inspect", image], check=False)
+    assert done.returncode == 0
+
+
 def test_version_names_liburing_and_the_engine() -> None:
     done = uringmig("--version")
     assert done.code == 0

@@ -25,7 +25,7 @@ from uringmig.cli.session import Session
 from uringmig.cli.verify import verify
 from uringmig.cli.version import version_lines
 from uringmig.errors import UringmigError
-from uringmig.signals import SIGNAL_EXIT_CODE, Interrupted, Signals
+from uringmig.signals import SIGNAL_EXIT_CODE, Interrupted, Signals, ignore
 
 #: Also under ``python -m uringmig``: the name that usage lines and shell completion go by.
 PROGRAM: Final = "uringmig"
@@ -68,7 +68,9 @@ def _options(
 
 def main() -> NoReturn:
     """Run the command line of this process, and exit."""
-    sys.exit(run(sys.argv[1:]))
+    exit_code = run(sys.argv[1:])
+    ignore()
+    sys.exit(exit_code)
 
 
 def run(arguments: Sequence[str]) -> int:
