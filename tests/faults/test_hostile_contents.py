@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import struct
+import tracemalloc
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from mainstreams import (
     word,
     zero_record,
 )
+from realguest import shared_path
 
 from uringmig.contents import plainfile
 from uringmig.contents.mappedram import MappedRamContents
@@ -200,6 +202,31 @@ def test_every_byte_of_libvirts_header(flip: int, tmp_path: Path, ram: Path) -> 
         bent[at] ^= flip
         refused += not taken("raw", tmp_path / "bent", ram, bytes(bent))
     assert refused > 25
+
+
+def test_a_sparse_file_as_long_as_there_are(ram: Path) -> None:
+    """It begins and ends as a stream does, and has 4 PiB of hole between."""
+    path = shared_path()
+    try:
+        with path.open("wb") as file:
+            file.write(FILES["plain"][:5000])
+            file.seek(4 << 50)
+            file.write(FILES["plain"][-1500:])
+        tracemalloc.start()
+        with pytest.raises(FormatError, match="ram flags|unknown ramblock"):
+            open_contents(path, options=QUICK)
+        # What is counted here is Python's and numpy's; the buffers are counted by options.
+        assert tracemalloc.get_traced_memory()[1] < 32 << 20
+    finally:
+        tracemalloc.stop()
+        path.unlink()
+
+
+def test_stretches_of_a_file_meet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    memory = big_file("plain", tmp_path / "file")
+    monkeypatch.setattr(plainfile, "_STRETCH_BYTES", 4 << 20)
+    with open_contents(tmp_path / "file") as source:
+        assert collect(source) == {"a": memory}
 
 
 def test_device_state_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

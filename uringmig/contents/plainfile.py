@@ -9,7 +9,7 @@ leaves anything in the page cache where O_DIRECT can be had.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from types import TracebackType
@@ -58,11 +58,13 @@ from uringmig.storage.choice import EngineChoice, choose_engine
 from uringmig.storage.directfile import open_direct
 from uringmig.storage.engine import Operation
 from uringmig.storage.mainfile import READ_BYTES, open_for_reading
-from uringmig.units import TiB, align_down
+from uringmig.units import GiB, TiB, align_down
 
 _WINDOW_PAGES: Final = WINDOW_BYTES // PAGE_SIZE
 #: Any 4 KiB of a file touch at most two of its 4-KiB pages.
 _STAGING_BYTES: Final = 2 * WINDOW_BYTES
+#: A file is indexed in stretches: how long it says it is, a hole for the most part, costs nothing.
+_STRETCH_BYTES: Final = 4 * GiB
 #: Memory a stream may claim beyond what its length accounts for. QEMU leaves out pages that a
 #: device says are of no use (virtio-mem, free page hints), and has at least a ZERO record of 9
 #: bytes for every other: a short file that claims more is not a guest.
@@ -287,10 +289,7 @@ class PlainFileContents:
             raise FormatError("not a plain migration stream but mapped-ram", offset=self._base)
         reader = MainStreamReader(base=self._base, file_size=size, index=self._index)
         reader.set_description(read_description(self._main, base=self._base))
-        windows = windows_of([self._whole_bytes // PAGE_SIZE], window_pages=_WINDOW_PAGES)
-        filler = _InOrder(self._options.block_size)
-        windows = windows[self._base // WINDOW_BYTES :]
-        with closing(read_in_order(self._shared, filler, windows)) as pieces:
+        with closing(self._pieces()) as pieces:
             for piece in pieces:
                 skipped = max(0, self._base - piece.row * WINDOW_BYTES)
                 _feed(reader, piece.memory[skipped:].data, stream)
@@ -303,6 +302,19 @@ class PlainFileContents:
                 offset=self._base,
             )
         return stream
+
+    def _pieces(self) -> Generator[WindowRead, None, None]:
+        """The file's whole pages from the stream's first one on, in order, as rows of the file."""
+        filler = _InOrder(self._options.block_size)
+        first = align_down(self._base, WINDOW_BYTES)
+        for start in range(first, self._whole_bytes, _STRETCH_BYTES):
+            length = min(_STRETCH_BYTES, self._whole_bytes - start)
+            windows = [
+                replace(window, first_page=window.first_page + start // PAGE_SIZE)
+                for window in windows_of([length // PAGE_SIZE], window_pages=_WINDOW_PAGES)
+            ]
+            with closing(read_in_order(self._shared, filler, windows)) as pieces:
+                yield from pieces
 
 
 @dataclass(frozen=True, slots=True)
