@@ -213,7 +213,7 @@ def test_a_sparse_file_as_long_as_there_are(ram: Path) -> None:
             file.seek(4 << 50)
             file.write(FILES["plain"][-1500:])
         tracemalloc.start()
-        with pytest.raises(FormatError, match="ram flags|unknown ramblock"):
+        with pytest.raises(FormatError, match=r"ram flags|unknown ramblock"):
             open_contents(path, options=QUICK)
         # What is counted here is Python's and numpy's; the buffers are counted by options.
         assert tracemalloc.get_traced_memory()[1] < 32 << 20
