@@ -173,3 +173,17 @@ def test_verify_by_share_and_time_goes_on(folder: Path) -> None:
     again = uringmig("archive", "verify", folder, "db1", "--time", "10m", "--json")
     [entry] = again.result()["entries"]
     assert (entry["checked_chunks"], entry["pass_ended"]) == (1, True)
+
+
+def test_job_file_stands_for_the_archive_it_fills(folder: Path, tmp_path: Path) -> None:
+    jobs = tmp_path / "jobs.toml"
+    job = '[[jobs]]\nname = "{}"\nsource = {{ qmp = "/run/x" }}\n'
+    jobs.write_text(f'[defaults]\narchive = "{folder}"\n' + job.format("web1") + job.format("db1"))
+    assert uringmig("archive", "list", jobs, "--names", "--vm", "db1").out == "db1\n"
+    jobs.write_text(jobs.read_text() + 'archive = "/elsewhere"\n')
+    several = uringmig("archive", "list", jobs)
+    assert several.code == 2
+    assert f"fills several archives, name one: /elsewhere, {folder}" in several.err
+    jobs.write_bytes(b"\xff")
+    wrong = uringmig("archive", "verify", jobs)
+    assert (wrong.code, wrong.err.count("\n")) == (2, 1)

@@ -265,9 +265,14 @@ class Archive:
         ]
 
     def discard(self, place: Place) -> None:
-        """Give up an interrupted image."""
+        """Give up an image that was never published.
+
+        Raises:
+            OSError: a file cannot be removed.
+        """
         self._check_writable()
-        for path in (place.journal, Path(f"{place.image}{PARTIAL}")):
+        sidecar = f"{manifest_path(place.image)}{PARTIAL}"
+        for path in (place.journal, Path(sidecar), Path(f"{place.image}{PARTIAL}")):
             path.unlink(missing_ok=True)
         sync_folder(self.path)
 

@@ -11,7 +11,7 @@ from typing import Annotated, Final
 
 import typer
 
-from uringmig.batch.job import BYTES_MAX, parse_jobs
+from uringmig.batch.job import parse_jobs
 from uringmig.batch.ledger import Ledger
 from uringmig.batch.metrics import MetricsFile
 from uringmig.batch.notify import Notifier
@@ -23,6 +23,7 @@ from uringmig.batch.state import Summary, Watcher
 from uringmig.cli import parameters
 from uringmig.cli.archive_list import table_lines
 from uringmig.cli.batchview import Lines, LiveTable, ServiceStatus
+from uringmig.cli.jobfile import read_job_text
 from uringmig.cli.output import Output
 from uringmig.cli.session import Session, session_of
 from uringmig.errors import StateError, StorageError
@@ -41,14 +42,6 @@ class PlanShown:
     job_file: str
     plan: Plan
     fits: bool
-
-
-def _duration(text: str | float) -> float:
-    """A duration as text, or a default, as seconds."""
-    try:
-        return text if isinstance(text, float) else parse_duration(text)
-    except StateError as error:
-        raise typer.BadParameter(str(error)) from None
 
 
 def run(
@@ -76,7 +69,7 @@ def run(
         float,
         typer.Option(
             "--resume-within",
-            parser=_duration,
+            parser=parameters.seconds,
             metavar="DURATION",
             help="Go on with an interrupted run that is not older than this; 0 begins anew.",
             show_default=_RESUME_WITHIN,
@@ -98,7 +91,7 @@ def run(
     session = session_of(context, json=json, quiet=quiet, verbose=verbose)
     # Jobs are to end cleanly, each in its own process: the runner asks whether a signal came.
     session.signals.hold()
-    text = _read(jobs)
+    text = read_job_text(jobs)
     job_file = parse_jobs(text, path=str(jobs.absolute()))
     with ExitStack() as stack:
         ledger = stack.enter_context(
@@ -164,21 +157,6 @@ def _pool(scheduler: str | None, workers: int | None) -> Pool:
             "--scheduler needs dask.distributed: pip install 'uringmig[distributed]'"
         ) from None
     return ClusterPool(scheduler)
-
-
-def _read(path: Path) -> str:
-    """The job file's text.
-
-    Raises:
-        StateError: it is no text of a sane size, or cannot be read.
-    """
-    try:
-        with path.open("rb") as file:
-            return file.read(BYTES_MAX + 1).decode()
-    except OSError as error:
-        raise StateError(f"{path}: cannot read the job file: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise StateError(f"{path}: not UTF-8 at byte {error.start}") from None
 
 
 def _show_plan(output: Output, ledger: Ledger, run: Run) -> None:

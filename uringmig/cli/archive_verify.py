@@ -10,9 +10,9 @@ from uringmig.archive.checking import ArchiveCheck, EntryCheck, verify_archive
 from uringmig.archive.directory import Archive
 from uringmig.cli import parameters
 from uringmig.cli.session import session_of
-from uringmig.errors import MismatchError, StateError
+from uringmig.errors import MismatchError
 from uringmig.options import ReadOptions
-from uringmig.units import format_size, parse_duration
+from uringmig.units import format_size
 
 
 def _share(text: str | float) -> float:
@@ -22,14 +22,6 @@ def _share(text: str | float) -> float:
         return float(words.removesuffix("%")) / (100 if words.endswith("%") else 1)
     except ValueError:
         raise typer.BadParameter(f"not a share: {text!r} (write for example 10%)") from None
-
-
-def _seconds(text: str | float) -> float:
-    """A duration, as seconds."""
-    try:
-        return parse_duration(str(text))
-    except StateError as error:
-        raise typer.BadParameter(str(error)) from None
 
 
 def verify(
@@ -52,7 +44,7 @@ def verify(
         float | None,
         typer.Option(
             "--time",
-            parser=_seconds,
+            parser=parameters.seconds,
             metavar="TIME",
             help="Stop after this long, as 10m, and go on there the next time.",
             show_default="no limit",

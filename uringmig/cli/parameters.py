@@ -7,9 +7,10 @@ from typing import Annotated, Final
 
 import typer
 
+from uringmig.cli.jobfile import archive_of
 from uringmig.errors import StateError
 from uringmig.options import DirectMode, EngineName, ReadOptions, WriteOptions
-from uringmig.units import format_size, parse_size
+from uringmig.units import format_size, parse_duration, parse_size
 
 WRITE: Final = WriteOptions()
 READ: Final = ReadOptions()
@@ -29,6 +30,14 @@ def _offset(text: str | int) -> int:
         return int(text, 16) if isinstance(text, str) and text.startswith("0x") else size(text)
     except ValueError:
         raise typer.BadParameter(f"not an offset: {text!r}") from None
+
+
+def seconds(text: str | float) -> float:
+    """A duration as text, or a default, as seconds."""
+    try:
+        return text if isinstance(text, float) else parse_duration(text)
+    except StateError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 ImageFile = Annotated[Path, typer.Argument(help="The image.", show_default=False)]
@@ -92,7 +101,13 @@ Quiet = Annotated[
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="More of what was measured.")]
 ArchiveFolder = Annotated[
-    Path, typer.Argument(metavar="ARCHIVE", help="The archive's directory.", show_default=False)
+    Path,
+    typer.Argument(
+        parser=archive_of,
+        metavar="ARCHIVE",
+        help="The archive's directory, or a job file that fills it.",
+        show_default=False,
+    ),
 ]
 EntryName = Annotated[str, typer.Argument(help="The entry's name.", show_default=False)]
 OnlyVm = Annotated[
