@@ -358,6 +358,7 @@ class _ColdWork:
     def plan(self, window: Window) -> IoPlan:
         """Take in whichever window comes next, make its frame, and plan its writes."""
         held = self._intake.take(self._buffer)
+        self._buffer = held.buffer
         bits = held.nonzero()
         self._guest.note(held.row, bits)
         self._guest.note_digest(held.row, held.digest())

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from uringmig import digest, manifest
 from uringmig.archive.copyjournal import BITS_BYTES, Chunk
@@ -286,14 +285,12 @@ class _HotWork:
         self._counters = counters
         # One more: of a window with nothing to write the digest is still to be made.
         self._free = [aligned_buffer(WINDOW_BYTES) for _ in range(self.windows_max + 1)]
-        self._open: dict[Window, tuple[Held, NDArray[np.uint8]]] = {}
+        self._open: dict[Window, Held] = {}
         self._half: set[Window] = set()
 
     def plan(self, window: Window) -> IoPlan:
         """Take in whichever window comes next, and plan the writes of its pages."""
-        buffer = self._free.pop()
-        held = self._intake.take(buffer)
-        self._open[window] = (held, buffer)
+        held = self._open[window] = self._intake.take(self._free.pop())
         block_index, row = held.row
         bits = held.nonzero()
         if block_index in self._dense:
@@ -315,7 +312,7 @@ class _HotWork:
 
     def submitted(self, window: Window) -> None:
         """Digest the window while it is still in the cache and the device has work."""
-        held, _ = self._open[window]
+        held = self._open[window]
         self._guest.note_digest(held.row, held.digest())
         self._settle(window)
 
@@ -329,9 +326,9 @@ class _HotWork:
             self._half.add(window)
             return
         self._half.remove(window)
-        held, buffer = self._open.pop(window)
+        held = self._open.pop(window)
         self._done.append(held.row)
-        self._free.append(buffer)
+        self._free.append(held.buffer)
 
 
 def _shape(

@@ -1,8 +1,9 @@
 """Windows of the contents, taken in by the channels that write: read ahead there, held here.
 
 The contents' memory is good until the next window is asked for, and several channels ask. So a
-channel copies what may be nonzero into a buffer of its own, under the lock that also orders the
-asking; a view of mapped memory stays where it is and is not copied.
+channel gives a buffer of its own in exchange for the one the memory lies in; where that cannot be
+it copies what may be nonzero, under the lock that also orders the asking. A view of mapped memory
+stays where it is.
 """
 
 from __future__ import annotations
@@ -31,12 +32,14 @@ class Held:
         memory: as long as the window; only what ``start`` and ``length`` say may be read.
         start: of what may be nonzero, in bytes, sorted.
         length: of each.
+        buffer: the channel's from now on: the one it gave, or another for it.
     """
 
     row: Row
     memory: NDArray[np.uint8]
     start: list[int]
     length: list[int]
+    buffer: NDArray[np.uint8]
 
     def nonzero(self) -> NDArray[np.bool_]:
         """Which pages are not zero, one bool each."""
@@ -93,7 +96,10 @@ class Intake:
         self._failure: BaseException | None = None
 
     def take(self, buffer: NDArray[np.uint8]) -> Held:
-        """Take any window that nobody has yet; ``buffer``, a window long, is for its memory.
+        """Take any window that nobody has yet.
+
+        Args:
+            buffer: a window long, for its memory or in exchange for it.
 
         Raises:
             UringmigError: as `Contents.windows`; the same to every channel that asks afterwards.
@@ -139,7 +145,11 @@ class Intake:
             start, length = _joined(data, self._gap_bytes)
         fill_up = read.block_index in self._filled
         if self._live and not (fill_up or self._copies):
-            return Held(row, read.memory, start, length)
+            return Held(row, read.memory, start, length, buffer)
+        if not (fill_up or self._live) and read.exchange is not None:
+            kept = read.exchange(buffer)
+            if kept is not None:
+                return Held(row, read.memory, start, length, kept)
         memory = buffer[: len(read.memory)]
         if fill_up:
             memory[:] = 0
@@ -147,7 +157,7 @@ class Intake:
             memory[first : first + count] = read.memory[first : first + count]
         if fill_up:
             start, length = [0], [len(memory)]
-        return Held(row, memory, start, length)
+        return Held(row, memory, start, length, buffer)
 
 
 def _joined(data: Extents, gap_bytes: int) -> tuple[list[int], list[int]]:

@@ -4,14 +4,15 @@ Rules for every source:
 
 - A row is `WINDOW_BYTES` of one block, the last one of a block may be shorter; rows are asked for
   in any number and order, and each comes once, in any order.
-- The memory of a window is good until the next one is asked for; at most one is out at a time.
+- The memory of a window is good until the next one is asked for, unless it was exchanged; at most
+  one is out at a time.
 - Closing the iterator, or an error in whoever uses it, ends the reading ahead; the source stays
   usable. One iterator at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
@@ -56,12 +57,16 @@ class WindowRead:
         memory: uint8, page aligned, as long as the window; may be read-only.
         data: what may be nonzero, in bytes from the window's start; None is all of it. Everything
             else is zero, and must not be touched: it may be a hole of shared memory.
+        exchange: takes a buffer for the one that the memory lies in, which it returns and which is
+            then the caller's, so that memory is kept without a copy. It returns None where the
+            buffer does not fit; there the memory goes with the next window as ever.
     """
 
     block_index: int
     row: int
     memory: NDArray[np.uint8]
     data: Extents | None
+    exchange: Callable[[NDArray[np.uint8]], NDArray[np.uint8] | None] | None = None
 
 
 class Contents(Protocol):

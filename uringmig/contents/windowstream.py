@@ -50,13 +50,20 @@ class WindowFiller(Protocol):
         """Make the window of what has been read; its memory lies in the buffer."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Filled:
     """A window for the consumer, and where its buffer goes afterwards; None ends the reading."""
 
     read: WindowRead
     buffer: NDArray[np.uint8]
     home: queue.SimpleQueue[NDArray[np.uint8] | None]
+
+    def exchange(self, buffer: NDArray[np.uint8]) -> NDArray[np.uint8] | None:
+        """See `WindowRead`: a buffer fits if it is as long and as well aligned."""
+        if len(buffer) != len(self.buffer) or buffer.ctypes.data % PAGE_SIZE:
+            return None
+        kept, self.buffer = self.buffer, buffer
+        return kept
 
 
 class _ReadWork:
@@ -107,7 +114,7 @@ def read_windows(
     """
     with closing(_fill(shared, filler, windows)) as filled:
         for item in filled:
-            yield item.read
+            yield replace(item.read, exchange=item.exchange)
             item.home.put(item.buffer)
 
 
