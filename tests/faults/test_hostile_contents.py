@@ -38,6 +38,7 @@ from uringmig.contents.opening import open_contents
 from uringmig.contents.plainfile import PlainFileContents
 from uringmig.contents.source import Contents, all_rows
 from uringmig.errors import FormatError, StorageError, UringmigError
+from uringmig.format import constants
 from uringmig.format.plainstream import PlainComposer
 from uringmig.options import ReadOptions
 from uringmig.storage.choice import EngineChoice
@@ -230,8 +231,12 @@ def test_stretches_of_a_file_meet(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 
 def test_device_state_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plainfile, "TAIL_BYTES_MAX", 100)
-    (tmp_path / "plain").write_bytes(FILES["plain"])
+    monkeypatch.setattr(constants, "TAIL_BYTES_MAX", 100)
+    body = page_record(0, page(0), "a") + word(EOS)
+    devices = [Device(), Device(idstr="cpu", body=b"c" * 80)]
+    tail = plain_tail(ram=ram_section(3, body), devices=devices)
+    stream = plain_start([PlainBlock(idstr="a", used_length=PAGE)]) + tail
+    (tmp_path / "plain").write_bytes(stream)
     with pytest.raises(FormatError, match="bytes of device state"):
         open_contents(tmp_path / "plain")
 

@@ -16,6 +16,7 @@ from uringmig import MappedRamWriter, RamBlock
 from uringmig.contents.memoryfiles import MemoryFileBlock, open_memory
 from uringmig.contents.opening import open_contents
 from uringmig.contents.source import Contents
+from uringmig.contents.streaming import plain_pieces
 from uringmig.errors import FormatError, MismatchError
 from uringmig.units import MiB
 
@@ -127,6 +128,21 @@ def test_every_form_gives_the_same_guest(
             writer.finish(source.device_state())
     with open_contents(tmp_path / "again.mig") as again:
         assert collect(again) == found
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_stream_made_of_it_is_the_same_guest(
+    saved: dict[str, Path], ram: Path, name: str, tmp_path: Path
+) -> None:
+    """Memory and, byte for byte, device state: so it has the same digest in an archive."""
+    with opened(saved, ram, name) as source:
+        with (tmp_path / "stream").open("wb") as file:
+            file.writelines(plain_pieces(source))
+        with open_contents(tmp_path / "stream") as stream:
+            assert stream.kind == "plain"
+            assert stream.device_state() == source.device_state()
+            assert stream.configuration == source.configuration
+            assert collect(stream) == collect(source)
 
 
 def test_looking_at_memory_files_allocates_nothing(saved: dict[str, Path], ram: Path) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Final, Self
 
@@ -29,25 +29,12 @@ from uringmig.contents.windowstream import (
     zero_window,
 )
 from uringmig.errors import FormatError, StateError
-from uringmig.format.constants import (
-    CAPABILITY_MAPPED_RAM,
-    QEMU_VM_SECTION_END,
-    TAIL_BYTES_MAX,
-)
+from uringmig.format.constants import CAPABILITY_MAPPED_RAM
 from uringmig.format.device_state import DeviceState
-from uringmig.format.events import (
-    ConfigurationRead,
-    DescriptionRead,
-    Event,
-    FullSection,
-    MultifdFlush,
-    RamBlockRead,
-    RamSectionEnded,
-    RamStarted,
-)
-from uringmig.format.headers import Configuration, at_most
+from uringmig.format.headers import Configuration
 from uringmig.format.mainstream import MainStreamReader
 from uringmig.format.plainrecords import ABSENT, PageIndex
+from uringmig.format.plainstate import PlainState
 from uringmig.format.plainstream import read_opening
 from uringmig.image import MEMORY_BYTES_MAX, read_description
 from uringmig.iobatch import IoPlan
@@ -70,68 +57,6 @@ _STRETCH_BYTES: Final = 4 * GiB
 #: bytes for every other: a short file that claims more is not a guest.
 _UNNAMED_BYTES_MAX: Final = 4 * TiB
 _RECORD_BYTES_LEAST: Final = 9
-
-
-@dataclass(slots=True)
-class PlainStream:
-    """What a plain stream says beside its pages; sizes in bytes, offsets absolute.
-
-    Attributes:
-        memory_bytes_max: more memory than this is not believed.
-        blocks: (idstr, used_length) in the order of the stream.
-        early: FULL sections before the end of RAM, which must stay there.
-        full: those after it.
-        description: the vmdescription's text.
-    """
-
-    memory_bytes_max: int
-    configuration: Configuration = field(init=False)
-    section_id: int = field(init=False)
-    blocks: list[tuple[str, int]] = field(default_factory=list)
-    early: list[bytes] = field(default_factory=list)
-    full: list[bytes] = field(default_factory=list)
-    description: bytes = b""
-    _ram_ended: bool = False
-    _held_bytes: int = 0
-
-    def note(self, event: Event) -> None:
-        """Keep what one event says.
-
-        Raises:
-            FormatError: the stream is not one that holds a whole guest, or too large.
-        """
-        match event:
-            case ConfigurationRead(configuration=configuration):
-                self.configuration = configuration
-                if configuration.ignore_shared:
-                    raise FormatError(
-                        "saved with x-ignore-shared: the guest's shared memory is not in it",
-                        offset=event.offset,
-                        expected="its memory files beside it",
-                    )
-            case RamStarted():
-                self.section_id = event.section_id
-                limit = self.memory_bytes_max
-                at_most("total of the ramblocks", limit, event.total_bytes, at=event.offset)
-            case RamBlockRead():
-                self.blocks.append((event.idstr, event.used_length))
-            case MultifdFlush():
-                raise FormatError(
-                    "main channel of a multifd migration: its pages went by other channels",
-                    offset=event.offset,
-                )
-            case RamSectionEnded(section_type=section_type):
-                self._ram_ended |= section_type == QEMU_VM_SECTION_END
-            case FullSection(raw=raw):
-                self._held_bytes += len(raw)
-                at_most("bytes of device state", TAIL_BYTES_MAX, self._held_bytes, at=event.offset)
-                (self.full if self._ram_ended else self.early).append(raw)
-            case DescriptionRead(description=description):
-                self.description = description.raw
-
-    def device_state(self) -> DeviceState:
-        """The device sections, as a mapped-ram image has them."""
-        return DeviceState.compose(self.section_id, self.early, self.full, self.description)
 
 
 class PlainFileContents:
@@ -187,9 +112,9 @@ class PlainFileContents:
             rest = self._main.read_at(self._whole_bytes, self._version.size - self._whole_bytes)
             self._rest = np.frombuffer(rest, np.uint8)
             self._index = PageIndex()
-            self._stream = self._scan()
+            self._state = self._scan()
             self._undo = undo.pop_all()
-        self.blocks = tuple(ContentsBlock(*block) for block in self._stream.blocks)
+        self.blocks = tuple(ContentsBlock(*block) for block in self._state.blocks)
         self.notes = (
             *notes,
             *(note for note in (engine.note, self._direct.note) if note is not None),
@@ -209,16 +134,16 @@ class PlainFileContents:
     @property
     def configuration(self) -> Configuration:
         """See `Contents`."""
-        return replace(self._stream.configuration, capabilities=(CAPABILITY_MAPPED_RAM,))
+        return replace(self._state.configuration, capabilities=(CAPABILITY_MAPPED_RAM,))
 
     @property
     def section_id(self) -> int:
         """Id of the ram section."""
-        return self._stream.section_id
+        return self._state.section_id
 
     def device_state(self) -> DeviceState:
         """The device sections, as a mapped-ram image has them."""
-        return self._stream.device_state()
+        return self._state.device_state()
 
     def stored_bytes(self) -> int:
         """Bytes in pages that the stream has as data."""
@@ -226,8 +151,8 @@ class PlainFileContents:
 
     def fingerprint(self) -> str:
         """See `Contents`: the file's version, and its device state and blocks."""
-        names = repr(self._stream.blocks).encode()
-        stream = digest_of(self.device_state().tail, self._stream.configuration.pack(), names)
+        names = repr(self._state.blocks).encode()
+        stream = digest_of(self.device_state().tail, self._state.configuration.pack(), names)
         return f"{self.kind} {self._version} {self._base:x} {stream}"
 
     def windows(self, rows: Sequence[Row]) -> Iterator[WindowRead]:
@@ -280,11 +205,11 @@ class PlainFileContents:
         assert places is not None, "only windows with pages are read"
         return places[: window.page_count]
 
-    def _scan(self) -> PlainStream:
+    def _scan(self) -> PlainState:
         """Read the whole stream once, for its pages' places and all the rest."""
         size = self._version.size
         named = size // _RECORD_BYTES_LEAST * PAGE_SIZE
-        stream = PlainStream(min(MEMORY_BYTES_MAX, _UNNAMED_BYTES_MAX + named))
+        state = PlainState(min(MEMORY_BYTES_MAX, _UNNAMED_BYTES_MAX + named))
         if read_opening(self._main.read_at(self._base, READ_BYTES), at=self._base).mapped_ram:
             raise FormatError("not a plain migration stream but mapped-ram", offset=self._base)
         reader = MainStreamReader(base=self._base, file_size=size, index=self._index)
@@ -292,16 +217,16 @@ class PlainFileContents:
         with closing(self._pieces()) as pieces:
             for piece in pieces:
                 skipped = max(0, self._base - piece.row * WINDOW_BYTES)
-                _feed(reader, piece.memory[skipped:].data, stream)
+                _feed(reader, piece.memory[skipped:].data, state)
         if not reader.finished:
-            _feed(reader, self._rest[max(0, self._base - self._whole_bytes) :].data, stream)
+            _feed(reader, self._rest[max(0, self._base - self._whole_bytes) :].data, state)
         reader.end_of_input()
         if not self._index.page_count():
             raise FormatError(
                 "not a single page in it: it does not hold the guest's memory",
                 offset=self._base,
             )
-        return stream
+        return state
 
     def _pieces(self) -> Generator[WindowRead, None, None]:
         """The file's whole pages from the stream's first one on, in order, as rows of the file."""
@@ -338,11 +263,11 @@ class _InOrder:
         return WindowRead(*row_of(window), buffer[: window.length_bytes], None)
 
 
-def _feed(reader: MainStreamReader, data: memoryview, stream: PlainStream) -> None:
+def _feed(reader: MainStreamReader, data: memoryview, state: PlainState) -> None:
     """Read a piece of the stream."""
     reader.feed(data)
     for event in reader.events():
-        stream.note(event)
+        state.note(event)
 
 
 def _touched(places: NDArray[np.int64]) -> NDArray[np.int64]:
