@@ -1,12 +1,12 @@
 """The command line of the harness.
 
-The machine should be quiet. As root the page cache is dropped before every run, and the target
+The machine should be quiet. As root the page cache is dropped before every contest, and the target
 ``xfs-loop`` can be mounted. A usual sequence:
 
     python -m perf run --full --out OUT         # on the disk that --folder is on
     python -m perf report OUT                   # OUT/report.html and OUT/report.md
     python -m perf table OUT                    # the README's table
-    python -m perf model OUT                    # the cost model beside what was measured
+    python -m perf model OUT --into perf/MODEL.md
     python -m perf compare BEFORE/pyperf.json AFTER/pyperf.json
 """
 
@@ -21,6 +21,7 @@ from typing import Annotated, Final, NoReturn
 import typer
 
 from perf.compare import compare
+from perf.model import describe
 from perf.programme import TARGETS, choose
 from perf.report import readme_table, write_report
 from perf.results import load
@@ -29,6 +30,9 @@ from perf.session import SETTLE_S, Session
 from perf.workloads import WORKLOADS
 from uringmig.errors import UringmigError
 from uringmig.units import parse_size
+
+#: The last heading of MODEL.md; what follows is made here.
+MEASURED: Final = "## Measured"
 
 app: Final = typer.Typer(
     name="python -m perf",
@@ -102,6 +106,22 @@ def report(out: Annotated[Path, typer.Argument(help="As given to run.")]) -> Non
 def table(out: Annotated[Path, typer.Argument(help="As given to run.")]) -> None:
     """Print the README's table (Markdown) with date, machine and command."""
     typer.echo(readme_table(load(out)))
+
+
+@app.command()
+def model(
+    out: Annotated[Path, typer.Argument(help="As given to run.")],
+    into: Annotated[
+        Path | None, typer.Option(help="Put it into this file, instead of all after '## Measured'.")
+    ] = None,
+) -> None:
+    """Print the cost model beside what was measured (Markdown); see perf/MODEL.md."""
+    text = describe(load(out))
+    if into is None:
+        typer.echo(text)
+    else:
+        head = into.read_text().partition(f"{MEASURED}\n")[0]
+        into.write_text(f"{head}{MEASURED}\n{text}\n")
 
 
 @app.command("compare")

@@ -71,6 +71,7 @@ def _dense(channels: Sequence[int]) -> tuple[Rival, ...]:
         Qemu(),
         Qemu(channels=2),
         *_QEMU_DIRECT,
+        Qemu(channels=2, direct=True, touched=True),
         *_FIO,
     )
 

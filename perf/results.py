@@ -29,6 +29,8 @@ class Sample(msgspec.Struct, kw_only=True):
     """One run of one rival; seconds and bytes.
 
     Attributes:
+        nonzero_bytes: of the guest's memory, in pages that are not zero.
+        scanned_bytes: of the guest's memory, what is not a hole.
         attempt: 1, or more where a disturbed run was repeated; the last one counts.
         cached_bytes: of the file, in the page cache afterwards; None where nobody can tell.
         image_allocated: bytes the file has on its disk.
@@ -43,6 +45,8 @@ class Sample(msgspec.Struct, kw_only=True):
     kind: Kind
     settings: dict[str, str | int]
     memory_bytes: int
+    nonzero_bytes: int
+    scanned_bytes: int
     round: int
     order: int
     attempt: int

@@ -199,11 +199,14 @@ class Qemu:
         mapped: mapped-ram; otherwise a plain stream in a file.
         channels: multifd channels; 0 is without multifd.
         direct: its direct-io.
+        touched: its memory is mapped in before, as after a guest has used it (``-mem-prealloc``);
+            otherwise QEMU meets it for the first time, as we do.
     """
 
     mapped: bool = True
     channels: int = 0
     direct: bool = False
+    touched: bool = False
     kind: Kind = "save"
 
     @property
@@ -216,17 +219,24 @@ class Qemu:
         """For example ``qemu mapped-ram multifd x2 direct``."""
         words = ["qemu", "mapped-ram" if self.mapped else "plain"]
         words += [f"multifd x{self.channels}"] if self.channels else []
-        return " ".join([*words, *(["direct"] if self.direct else [])])
+        words += ["direct"] if self.direct else []
+        return " ".join([*words, *(["touched"] if self.touched else [])])
 
     @property
     def settings(self) -> dict[str, str | int]:
         """Its capabilities and parameters."""
-        return {"mapped": int(self.mapped), "channels": self.channels, "direct": int(self.direct)}
+        return {
+            "mapped": int(self.mapped),
+            "channels": self.channels,
+            "direct": int(self.direct),
+            "touched": int(self.touched),
+        }
 
     def run(self, task: Task) -> Measured:
         """Have a QEMU do it."""
         started = time.monotonic()
-        with _machine(task, incoming=self.kind == "load") as machine:
+        arguments = ["-mem-prealloc"] if self.touched else []
+        with _machine(task, incoming=self.kind == "load", arguments=arguments) as machine:
             startup_s = time.monotonic() - started
             monitor = machine.monitor
             monitor.set_capabilities(**{"mapped-ram": self.mapped, "multifd": self.channels > 0})
@@ -395,7 +405,9 @@ def size_name(size_bytes: int) -> str:
 
 
 @contextmanager
-def _machine(task: Task, *, incoming: bool = False) -> Iterator[Machine]:
+def _machine(
+    task: Task, *, incoming: bool = False, arguments: Sequence[str] = ()
+) -> Iterator[Machine]:
     """A stopped QEMU around the guest's memory; a waiting one has fresh memory of its own."""
     memory_bytes = task.ram.workload.memory_bytes
     with Machine(
@@ -405,6 +417,7 @@ def _machine(task: Task, *, incoming: bool = False) -> Iterator[Machine]:
         keep_shared=not incoming,
         paused=True,
         incoming=incoming,
+        arguments=arguments,
     ) as machine:
         yield machine
 

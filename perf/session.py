@@ -1,8 +1,8 @@
 """A run of the harness: contests in order, each in rounds, each round in an order of its own.
 
-Every rival gets the same start: no image there, the page cache dropped, the guest's memory present
-as it was in the first round, the processors idle. What others did meanwhile is noted with each
-sample; a disturbed run may be repeated, and stays in the results all the same.
+Every rival gets the same start: no image there (or none of it in the page cache, for a load), the
+guest's memory present as it was in the first round, the processors idle. What others did meanwhile
+is noted with each sample; a disturbed run may be repeated, and stays in the results all the same.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Final
 
 from perf.host import describe_host, device_of
-from perf.observe import cached_bytes, drop_page_cache, wait_until_idle
+from perf.observe import cached_bytes, drop_file_cache, drop_page_cache, wait_until_idle
 from perf.programme import Contest
 from perf.results import Results, Sample, save
 from perf.rivals import ROOT, Measured, Ours, Rival, Task
 from perf.targets import opened
 from perf.workloads import GuestRam
 from uringmig.errors import UringmigError
+from uringmig.options import PAGE_SIZE
 
 #: How long the processors may take to become idle before a run; then it begins all the same.
 SETTLE_S: Final = 2.0
@@ -96,6 +97,7 @@ class Session:
             f"{workload.memory_bytes >> 20} MiB ({workload.what}), {len(contest.rivals)} rivals, "
             f"{contest.rounds} rounds"
         )
+        drop_page_cache()
         with (
             opened(contest.target, self.folder, size_bytes=workload.memory_bytes) as place,
             GuestRam(workload, seed=self.seed) as ram,
@@ -142,13 +144,14 @@ class Session:
         self, contest: Contest, rival: Rival, ram: GuestRam, image: Path, *, direct: bool
     ) -> Measured:
         """Give a rival its start and let it run."""
-        if rival.kind == "save":
+        if rival.kind == "load":
+            drop_file_cache(image)
+        else:
             for old in image.parent.glob(f"{image.name}*"):
                 old.unlink()
         if self.settle_s:
             # What was removed is given back to the disk now and not during the run.
             os.sync()
-        drop_page_cache()
         wait_until_idle(timeout_s=self.settle_s)
         # Names of sockets have to be short.
         with tempfile.TemporaryDirectory(prefix="perf-") as scratch:
@@ -182,6 +185,8 @@ class Session:
             kind=rival.kind,
             settings=rival.settings,
             memory_bytes=contest.workload.memory_bytes,
+            nonzero_bytes=ram.nonzero_pages * PAGE_SIZE,
+            scanned_bytes=ram_before,
             round=0,
             order=0,
             attempt=0,

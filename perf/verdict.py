@@ -38,23 +38,23 @@ def verdicts(results: Results) -> list[Verdict]:
     return [
         *_at_least(
             "dense: our best at least 0.97 of fio's best of the same round",
-            _ratio(dense, _ours, _group("fio")), 0.97, "",
+            _ratio(dense, is_ours, _group("fio")), 0.97, "",
         ),
         *_at_least(
             "dense: our best not behind QEMU's best of the same round",
-            _ratio(dense, _ours, _group("qemu")), 1.0, " x",
+            _ratio(dense, is_ours, _group("qemu")), 1.0, " x",
         ),
         *_at_least(
             "dense: one channel alone at least 0.95 of our best",
-            _ratio(dense, lambda s: _ours(s) and s.settings["channels"] == 1, _ours), 0.95, "",
+            _ratio(dense, _is_one_channel, is_ours), 0.95, "",
         ),
         *_at_least(
             "fragmented: at least 8 x QEMU's best",
-            _ratio(_rounds(results, "fragmented"), _ours, _group("qemu")), 8.0, " x",
+            _ratio(_rounds(results, "fragmented"), is_ours, _group("qemu")), 8.0, " x",
         ),
         *_at_least(
             "idle, fresh: at least 10 x QEMU's best",
-            _ratio(_rounds(results, "idle"), _ours, _group("qemu")), 10.0, " x",
+            _ratio(_rounds(results, "idle"), is_ours, _group("qemu")), 10.0, " x",
         ),
         *_no_allocation(_rounds(results, "idle")),
         *_cpu(dense),
@@ -66,8 +66,8 @@ def _rounds(results: Results, workload: str) -> list[Sample]:
     return counted(samples_of(results, "disk", workload, "save"))
 
 
-def _ours(sample: Sample) -> bool:
-    """Our writer as it is meant to be used: io_uring and O_DIRECT, the RAM file as the source."""
+def is_ours(sample: Sample) -> bool:
+    """Our writer as it is meant to be used: io_uring, O_DIRECT, no manifest, from the RAM file."""
     settings = sample.settings
     return (
         sample.group == "uringmig"
@@ -75,7 +75,12 @@ def _ours(sample: Sample) -> bool:
         and settings["direct"] != "off"
         and settings["route"] == "file"
         and not settings["manifest"]
+        and not settings["rate"]
     )
+
+
+def _is_one_channel(sample: Sample) -> bool:
+    return is_ours(sample) and sample.settings["channels"] == 1
 
 
 def _group(name: str) -> Choice:
@@ -104,7 +109,7 @@ def _at_least(target: str, ratio: float | None, least: float, unit: str) -> list
 
 
 def _no_allocation(samples: Sequence[Sample]) -> list[Verdict]:
-    ours = [sample.ram_after - sample.ram_before for sample in samples if _ours(sample)]
+    ours = [sample.ram_after - sample.ram_before for sample in samples if is_ours(sample)]
     theirs = [s.ram_after - s.ram_before for s in samples if s.group == "qemu"]
     if not ours:
         return []
@@ -128,8 +133,10 @@ def _cpu(samples: Sequence[Sample]) -> list[Verdict]:
         chosen = [runs for runs in by_rival.values() if choice(runs[0])]
         return min(chosen, key=lambda runs: _median(runs, lambda s: s.durable_s), default=[])
 
-    ours = fastest(_ours)
-    theirs = fastest(lambda s: s.group == "qemu" and bool(s.settings["direct"]))
+    ours = fastest(is_ours)
+    theirs = fastest(
+        lambda s: s.group == "qemu" and s.settings["direct"] == 1 and not s.settings["touched"]
+    )
     found = []
     if ours and theirs:
         share = _median(ours, cpu_per_gib) / _median(theirs, cpu_per_gib)
@@ -160,7 +167,7 @@ def _page_cache(results: Results) -> list[Verdict]:
     known = [
         sample.cached_bytes
         for sample in results.samples
-        if sample.target == "disk" and sample.kind == "save" and _ours(sample)
+        if sample.target == "disk" and sample.kind == "save" and is_ours(sample)
         if sample.cached_bytes is not None
     ]
     if not known:
@@ -193,8 +200,3 @@ def best_of(samples: Sequence[Sample], choice: Choice) -> tuple[str, float, floa
         _median(runs, throughput_of) / 1e9,
         _median(runs, cpu_per_gib),
     )
-
-
-def is_ours(sample: Sample) -> bool:
-    """Our writer as it is meant to be used."""
-    return _ours(sample)

@@ -16,6 +16,7 @@ from typing import Final, Literal, Self
 
 import numpy as np
 
+from perf.observe import cache_drops
 from uringmig.memory.mapping import FileMemory
 from uringmig.options import PAGE_SIZE
 from uringmig.testing.guests import PatternName, fill_pages, nonzero_bits
@@ -75,6 +76,7 @@ class GuestRam:
         self.nonzero_pages = 0
         self._seed = seed
         self._fresh_bytes = 0
+        self._cache_drops = 0
         self.renew()
 
     def renew(self) -> None:
@@ -91,6 +93,7 @@ class GuestRam:
         with closing(FileMemory(self.path, writable=True)) as memory:
             fill_pages(memory.view, nonzero, seed=self._seed, write_zeros=not self.workload.holes)
         self._fresh_bytes = self.allocated_bytes
+        self._cache_drops = cache_drops()
 
     @property
     def allocated_bytes(self) -> int:
@@ -98,8 +101,11 @@ class GuestRam:
         return self.path.stat().st_blocks * 512
 
     def refresh(self) -> None:
-        """Make the file anew if somebody has allocated its holes."""
-        if self.allocated_bytes != self._fresh_bytes:
+        """Make the file anew if somebody has allocated its holes, or dropped the page cache.
+
+        After that the kernel maps its pages in one by one, see `perf.observe.drop_page_cache`.
+        """
+        if self.allocated_bytes != self._fresh_bytes or cache_drops() != self._cache_drops:
             self.renew()
 
     def __enter__(self) -> Self:

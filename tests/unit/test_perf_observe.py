@@ -37,6 +37,7 @@ def costs(**changes: float) -> Costs:
         ({"foreign_user_s": 0.2}, ["others' cpu 0.20 s"]),
         ({"disk_written": 115 * MiB}, []),
         ({"disk_written": 140 * MiB}, ["others' disk traffic 40 MiB"]),
+        ({"cache_drops": 1}, ["others dropped the page cache"]),
         ({"disk_read": 50 * MiB, "steal_s": 0.5}, ["steal 0.50 s", "others' disk traffic 50 MiB"]),
     ],
 )

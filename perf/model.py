@@ -1,0 +1,266 @@
+"""The cost model of a save: constants from one run of the harness, its error, and far guests.
+
+    time = fixed + max(device, channels, processors)
+
+``perf/MODEL.md`` explains the terms. The constants come from few rivals (one channel over the dense
+guest, requests one at a time, the zero guest); all other saves are predictions, and the error is
+of these.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from perf.results import Results, Sample, counted
+from perf.verdict import is_ours
+from uringmig.errors import StateError
+from uringmig.units import GiB, KiB, MiB, TiB
+
+#: Guests and devices beyond this machine: bytes a second.
+_DEVICES: Final = (("this disk", None), ("one fast NVMe", 7e9), ("an array", 25e9))
+
+
+@dataclass(frozen=True, slots=True)
+class Constants:
+    """What one run measured; seconds, bytes, bytes a second.
+
+    Attributes:
+        device: bytes a second that the disk takes, fio's best.
+        request_s: latency of a request without its bytes, one at a time.
+        single: bytes a second within one request.
+        map_s: processor time for each byte of memory that is mapped in, looked at and planned.
+        python_s: the part of it in user mode, mostly under the interpreter's lock, for each byte.
+        zero_s: processor time for each byte of a zero page, which is read whole.
+        move_s: processor time for each byte written, pinning its pages and the block layer.
+        request_cpu_s: processor time of one more request.
+        fixed_s: a save's time beside its pages: opening, sync, publishing.
+        cores: processors here.
+    """
+
+    device: float
+    request_s: float
+    single: float
+    map_s: float
+    python_s: float
+    zero_s: float
+    move_s: float
+    request_cpu_s: float
+    fixed_s: float
+    cores: int
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One rival over one guest: what it took and what the model says.
+
+    Attributes:
+        limit: the term that decides: ``device``, ``channels`` or ``processors``.
+        fitted: whether constants were taken from it.
+    """
+
+    name: str
+    measured_s: float
+    predicted_s: float
+    limit: str
+    fitted: bool
+
+    @property
+    def error(self) -> float:
+        """Relative to what was measured."""
+        return self.predicted_s / self.measured_s - 1
+
+
+def fit(results: Results) -> Constants:
+    """Take the constants from a run.
+
+    Raises:
+        StateError: a rival is missing that a constant comes from.
+    """
+    saves = [s for s in counted(results.samples) if s.target == "disk" and s.kind == "save"]
+    dense = [s for s in saves if s.workload == "dense"]
+    fio = [s for s in dense if s.group == "fio"]
+    null = [s for s in dense if _is_null(s) and _one(s)]
+    zero = [s for s in saves if s.workload == "zero" and is_ours(s) and _one(s)]
+    grid = [s for s in saves if s.workload == "grid" and is_ours(s)]
+    alone = [s for s in grid if s.settings["depth"] == 1]
+    if not (fio and null and zero and len({s.settings["block_size"] for s in alone}) > 1):
+        raise StateError(
+            "the model needs fio and one channel of the null engine over dense, one channel of "
+            "io_uring over zero, and grid with depth 1 at several block sizes"
+        )
+    latency, per_byte = _line(
+        [(int(s.settings["block_size"]), s.completed_s / s.requests) for s in alone]
+    )
+    # One channel and the same bytes in ever more requests: the line's slope is a request's.
+    bytes_cpu, request_cpu = _line([(s.requests, s.cpu_s) for s in grid])
+    map_s = statistics.median(s.cpu_s / s.memory_bytes for s in null)
+    return Constants(
+        device=max(
+            statistics.median(s.moved_bytes / s.durable_s for s in fio if s.rival == name)
+            for name in {s.rival for s in fio}
+        ),
+        request_s=max(latency, 0.0),
+        single=1 / per_byte,
+        map_s=map_s,
+        python_s=statistics.median(s.user_s / s.memory_bytes for s in null),
+        zero_s=statistics.median(s.cpu_s / s.memory_bytes for s in zero),
+        move_s=max(0.0, bytes_cpu / grid[0].memory_bytes - map_s),
+        request_cpu_s=max(request_cpu, 0.0),
+        fixed_s=statistics.median(_beside_pages(s) for s in saves if is_ours(s)),
+        cores=os.cpu_count() or 1,
+    )
+
+
+def predict(constants: Constants, sample: Sample) -> tuple[float, str]:
+    """Seconds until durable, and the term that decides."""
+    settings = sample.settings
+    channels = int(settings["channels"])
+    moved = 0 if sample.group == "twin" else sample.moved_bytes
+    requests = 0 if sample.group == "twin" else sample.requests
+    mapped = sample.nonzero_bytes
+    zeros = sample.scanned_bytes - mapped
+    # Whatever lies in flight is shared out in blocks, or in smaller requests where runs are short.
+    size = moved / requests if requests else 0.0
+    in_flight = channels * int(settings["depth"]) * int(settings["block_size"])
+    depth = max(1.0, min(in_flight / size, 256.0 * channels)) if size else 0.0
+    rate = depth * size / (constants.request_s + size / constants.single) if size else 0.0
+    scan = constants.map_s * mapped + constants.zero_s * zeros
+    work = scan + constants.move_s * moved + constants.request_cpu_s * requests
+    terms = {
+        "device": moved / min(constants.device, rate) if moved else 0.0,
+        "channels": (scan + constants.request_cpu_s * requests) / min(channels, constants.cores),
+        "processors": work / constants.cores,
+    }
+    limit = max(terms, key=lambda name: terms[name])
+    return constants.fixed_s + terms[limit], limit
+
+
+def points(results: Results, constants: Constants) -> list[Point]:
+    """Every rival that the model is of: our io_uring and null engines, no manifest, on the disk."""
+    by_name: dict[str, list[Sample]] = {}
+    for sample in counted(results.samples):
+        if (
+            (is_ours(sample) or _is_null(sample))
+            and sample.target == "disk"
+            and sample.kind == "save"
+        ):
+            by_name.setdefault(f"{sample.workload}: {sample.rival}", []).append(sample)
+    found = []
+    for name, runs in by_name.items():
+        seconds, limit = predict(constants, runs[0])
+        first = runs[0]
+        fitted = _one(first) and (
+            (first.workload == "dense" and _is_null(first))
+            or (first.workload == "zero" and is_ours(first))
+            or (first.workload == "grid" and first.settings["depth"] == 1)
+        )
+        found.append(
+            Point(name, statistics.median(s.durable_s for s in runs), seconds, limit, fitted)
+        )
+    return found
+
+
+def describe(results: Results) -> str:
+    """The model beside what was measured, and carried to what cannot be; Markdown.
+
+    Raises:
+        StateError: the run has not all that the constants come from.
+    """
+    constants = fit(results)
+    found = points(results, constants)
+    errors = [abs(point.error) for point in found if not point.fitted]
+    return "\n".join(
+        [
+            f"Measured {results.started}, `{results.command}`, commit {results.commit}, "
+            f"{sum(bool(s.disturbed) for s in results.samples)} of {len(results.samples)} runs "
+            "disturbed.",
+            "",
+            *_constants_table(constants),
+            "",
+            f"{len(errors)} predictions: median error {100 * statistics.median(errors):.0f} %, "
+            f"largest {100 * max(errors):.0f} %.",
+            "",
+            "| save | measured s | model s | error | limit | |",
+            "| --- | --- | --- | --- | --- | --- |",
+            *(
+                f"| {point.name} | {point.measured_s:.2f} | {point.predicted_s:.2f} | "
+                f"{100 * point.error:+.0f} % | {point.limit} | {'fitted' if point.fitted else ''} |"
+                for point in found
+            ),
+            "",
+            *_far(constants),
+        ]
+    )
+
+
+def _constants_table(c: Constants) -> list[str]:
+    rows = [
+        ("device", f"{c.device / 1e9:.2f} GB/s", "fio's best over dense"),
+        ("request_s", f"{c.request_s * 1e6:.0f} us", "grid, depth 1: time a request by its size"),
+        ("single", f"{c.single / 1e9:.2f} GB/s", "the same"),
+        ("map_s", f"{c.map_s * GiB:.3f} s/GiB", "null engine over dense, one channel"),
+        ("python_s", f"{c.python_s * GiB:.3f} s/GiB", "its user part"),
+        ("zero_s", f"{c.zero_s * GiB:.3f} s/GiB", "one channel over zero"),
+        ("move_s", f"{c.move_s * GiB:.3f} s/GiB", "grid: cpu of no request at all, less map_s"),
+        ("request_cpu_s", f"{c.request_cpu_s * 1e6:.0f} us", "grid: cpu by requests"),
+        ("fixed_s", f"{c.fixed_s:.3f} s", "time accounts, what is not the channels'"),
+        ("cores", str(c.cores), ""),
+    ]  # fmt: skip
+    return [
+        "| constant | value | from |",
+        "| --- | --- | --- |",
+        *(f"| {name} | {value} | {source} |" for name, value, source in rows),
+    ]
+
+
+def _far(c: Constants) -> list[str]:
+    """1 TiB, dense, on faster devices: what each part of us could do, and what is needed."""
+    channel = 1 / (c.map_s + c.request_cpu_s / MiB)
+    small = f"{4 * KiB / c.request_cpu_s / 1e9:.2f} GB/s" if c.request_cpu_s else "any rate"
+    requests = f"{1e-3 / c.request_cpu_s:.0f} thousand" if c.request_cpu_s else "any number of"
+    lock = 1 / c.python_s if c.python_s else float("inf")
+    work = c.map_s + c.move_s + c.request_cpu_s / MiB
+    lines = [
+        f"One channel goes through at most {channel / 1e9:.1f} GB/s of dense memory in blocks of "
+        f"1 MiB; the interpreter's lock is busy {c.python_s * GiB * 1000:.0f} ms a GiB at most, so "
+        f"all channels of one process together end at {lock / 1e9:.0f} GB/s or later; in blocks of "
+        f"4 KiB one processor makes {requests} requests a second, {small}.",
+        "",
+        "| 1 TiB dense onto | seconds | channels | processors | requests/s at 1 MiB |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name, speed in _DEVICES:
+        rate = min(speed or c.device, lock)
+        lines.append(
+            f"| {name}, {(speed or c.device) / 1e9:.1f} GB/s | {TiB / rate:.0f} | "
+            f"{np.ceil(rate / channel):.0f} | {rate * work:.1f} | {rate / MiB:.0f} |"
+        )
+    return lines
+
+
+def _one(sample: Sample) -> bool:
+    return sample.settings["channels"] == 1
+
+
+def _is_null(sample: Sample) -> bool:
+    return sample.group == "twin" and sample.settings["engine"] == "null"
+
+
+def _beside_pages(sample: Sample) -> float:
+    """Seconds of a save that no channel was at work."""
+    account = sample.account
+    busy = sum(account[name] for name in ("scan", "digest", "submit", "wait"))
+    return max(0.0, account["elapsed"] - busy / int(sample.settings["channels"]))
+
+
+def _line(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Intercept and slope of the least-squares line through (x, y)."""
+    x, y = np.array(pairs, float).T
+    slope, intercept = np.polyfit(x, y, 1)
+    return float(intercept), float(slope)
