@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from loopdisk import needs
 
+from perf.observe import ProcessMemory, Watch
 from perf.programme import Contest, TargetName, choose
 from perf.results import Results, Sample, figures, load
 from perf.rivals import ROOT, Group, Kind, Measured, Ours, Rival, Task
@@ -57,6 +58,29 @@ class Broken:
         raise StorageError("write failed", errno=28, path=str(task.image))
 
 
+@dataclass(frozen=True)
+class Quick:
+    """A rival that writes one byte, while others take ``steal_s`` from it."""
+
+    name: str
+    steal_s: float = 0.0
+    group: Group = "uringmig"
+    kind: Kind = "save"
+
+    @property
+    def settings(self) -> dict[str, str | int]:
+        return {}
+
+    def run(self, task: Task) -> Measured:
+        assert not task.image.exists(), "every rival makes a fresh file"
+        task.image.write_bytes(b"x")
+        watch = Watch(None)
+        watch.start(None)
+        costs = replace(watch.stop(cpu=(0.1, 0.1)), steal_s=self.steal_s)
+        memory = ProcessMemory(peak=1, anonymous=1)
+        return Measured(completed_s=1.0, durable_s=1.0, costs=costs, memory=memory, moved_bytes=1)
+
+
 def test_a_slower_rival_is_reported_slower_by_what_it_is(tmp_path: Path) -> None:
     # Held to a rate so low that the machine's own speed does not matter.
     fast = Ours(label="fast", rate=64 * MiB)
@@ -88,7 +112,7 @@ def test_a_child_that_cannot_says_why(tmp_path: Path) -> None:
 
 
 def test_rounds_are_shuffled_by_the_seed_alone(tmp_path: Path) -> None:
-    rivals = [Ours(twin="null", label=f"r{number}") for number in range(4)]
+    rivals = [Quick(f"rival {number}") for number in range(4)]
     orders = []
     for folder in ("a", "b"):
         results = session(tmp_path / folder).run([contest(*rivals, rounds=2)])
@@ -97,15 +121,16 @@ def test_rounds_are_shuffled_by_the_seed_alone(tmp_path: Path) -> None:
     assert orders[0][:4] != orders[0][4:], "each round has an order of its own"
 
 
-def test_disturbed_runs_are_repeated_and_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("perf.observe.STEAL_MAX", -1.0)
-    monkeypatch.setattr("perf.observe._TICK_S", -1.0)
+def test_disturbed_runs_are_repeated_and_kept(tmp_path: Path) -> None:
     running = replace(session(tmp_path), repeat_disturbed=2)
-    results = running.run([contest(Ours(twin="null"))])
-    assert [sample.attempt for sample in results.samples] == [1, 2, 3]
-    assert all(any("steal" in text for text in sample.disturbed) for sample in results.samples)
+    results = running.run([contest(Quick("robbed", steal_s=9.0), Quick("calm"))])
+    attempts = {
+        name: [sample.attempt for sample in results.samples if sample.rival == name]
+        for name in ("robbed", "calm")
+    }
+    assert attempts == {"robbed": [1, 2, 3], "calm": [1]}
+    [row] = [row for row in figures(results.samples) if row.rival == "robbed"]
+    assert (row.runs, row.disturbed) == (1, 3)
 
 
 def test_holes_that_somebody_allocated_are_made_anew(qemu: str, tmp_path: Path) -> None:
@@ -122,9 +147,9 @@ def test_holes_that_somebody_allocated_are_made_anew(qemu: str, tmp_path: Path) 
 
 #: One or two of every kind, in every contest.
 EXAMPLES = (
-    "uringmig io_uring 2x8x1M*", "uringmig io_uring 1x[14]x*4M", "uringmig io_uring 1x[14]x256K",
-    "uringmig memory*", "uringmig pwrite 1x1x512K", "uringmig route-B*", "qemu plain",
-    "qemu mapped-ram multifd x2 direct", "fio * sized", "uringmig load*", "uringmig reader 2x8*",
+    "uringmig io_uring 2x8x1M", "uringmig io_uring 1x[14]x*4M", "uringmig io_uring 1x[14]x256K",
+    "uringmig memory*", "uringmig route-B*", "qemu plain", "qemu mapped-ram multifd x2 direct",
+    "fio io_uring 1x16x1M sized", "uringmig load*", "uringmig reader 2x8*",
 )  # fmt: skip
 
 
