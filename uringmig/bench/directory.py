@@ -74,7 +74,7 @@ class BenchReport:
         finalists: settings that were left at the end, fastest first.
         sized: chosen setting, the file's length set first.
         extending: the same, the writes make it longer.
-        fallocated: the same, its blocks allocated first.
+        fallocated: the same, its blocks allocated first; None where that is not possible.
         buffered: the same through the page cache; None where there is no O_DIRECT to compare.
         request_seconds: what one more request of one page costs, beside its bytes.
         bridge_pages: gaps of up to so many pages are worth writing through.
@@ -98,7 +98,7 @@ class BenchReport:
     finalists: tuple[Setting, ...]
     sized: Rate
     extending: Rate
-    fallocated: Rate
+    fallocated: Rate | None
     buffered: Rate | None
     request_seconds: float
     bridge_pages: int
@@ -224,7 +224,7 @@ class _Measuring:
             ),
             sized=ways["sized"],
             extending=ways["extending"],
-            fallocated=ways["fallocated"],
+            fallocated=ways.get("fallocated"),
             buffered=buffered,
             request_seconds=request_seconds,
             bridge_pages=bridge_pages,
@@ -290,7 +290,9 @@ class _Measuring:
         self, options: WriteOptions, *, direct: bool
     ) -> tuple[dict[Preparation, Rate], Rate | None]:
         """Race the ways of making the file, and the page cache where O_DIRECT is there too."""
-        ways: tuple[Preparation, ...] = ("sized", "extending", "fallocated")
+        ways: list[Preparation] = ["sized", "extending"]
+        if self._bench.can_allocate():
+            ways.append("fallocated")
         trials = {way: Trial(options, preparation=way) for way in ways}
         cached = Trial(replace(options, direct="off"))
         everything = [*trials.values(), *([cached] if direct else [])]

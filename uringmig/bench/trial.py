@@ -7,6 +7,7 @@ file, until it is durable. Making the file and giving its room back are not time
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import time
 from collections.abc import Iterator
@@ -130,6 +131,21 @@ class Workbench:
             note=file.note,
         )
 
+    def can_allocate(self) -> bool:
+        """Say whether this file system can allocate blocks ahead of a write.
+
+        Raises:
+            StorageError: it can, and fails.
+        """
+        with nameless_file(self._folder) as main:
+            try:
+                main.allocate(0, PAGE_SIZE)
+            except StorageError as error:
+                if error.errno != errno.EOPNOTSUPP:
+                    raise
+                return False
+        return True
+
     def _lay_out(
         self, length_bytes: int, *, every_other: bool
     ) -> tuple[list[SavedBlock], ImageLayout]:
@@ -164,7 +180,4 @@ def _prepare(main: MainFile, preparation: Preparation, length_bytes: int) -> Non
     if preparation == "sized":
         main.set_size(length_bytes)
     elif preparation == "fallocated":
-        try:
-            os.posix_fallocate(main.fd, 0, length_bytes)
-        except OSError as error:
-            raise StorageError("fallocate failed", errno=error.errno, path=main.path) from None
+        main.allocate(0, length_bytes)

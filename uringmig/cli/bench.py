@@ -81,6 +81,9 @@ def _lines(report: BenchReport) -> list[str]:
     direct = f"{'on' if report.direct else 'off'}"
     if report.buffered is not None:
         direct += f"; through the page cache {_rate(report.buffered)}"
+    ways = f"sized first {_rate(report.sized)}, extending {_rate(report.extending)}"
+    if report.fallocated is not None:
+        ways += f", fallocated {_rate(report.fallocated)}"
     page_seconds = PAGE_SIZE / report.sized.median
     request_seconds = report.request_seconds
     return [
@@ -93,8 +96,7 @@ def _lines(report: BenchReport) -> list[str]:
         f"chosen       {_setting(report.chosen)}, {share:.0%} of the ceiling; "
         f"{report.tried} tried, noise {report.noise:.0%}",
         f"O_DIRECT     {direct}",
-        f"file         sized first {_rate(report.sized)}, extending {_rate(report.extending)}, "
-        f"fallocated {_rate(report.fallocated)}",
+        f"file         {ways}",
         f"gaps         of up to {report.bridge_pages} pages are worth writing through: a request "
         f"costs {request_seconds * 1e6:.1f} us, the bytes of a page {page_seconds * 1e6:.1f} us",
     ]

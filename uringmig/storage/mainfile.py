@@ -118,10 +118,30 @@ class MainFile:
 
         Only an offer: a file system that cannot keeps them.
         """
-        fallocate = ctypes.CDLL(None).fallocate64
+        self._fallocate(_FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE, offset, length)
+
+    def allocate(self, offset: int, length: int) -> None:
+        """Give a range its blocks; its bytes stay as they are, zero where there was a hole.
+
+        Not posix_fallocate, which writes to every block where the file system cannot do this.
+
+        Raises:
+            StorageError: for example ENOSPC, or EOPNOTSUPP; part of the range may have its blocks.
+        """
+        number = self._fallocate(0, offset, length)
+        if number:
+            raise StorageError("fallocate failed", errno=number, path=self.path, offset=offset)
+
+    def _fallocate(self, mode: int, offset: int, length: int) -> int:
+        """Call fallocate(2), again after a signal; return the errno, 0 if all went well."""
+        fallocate = ctypes.CDLL(None, use_errno=True).fallocate64
         fallocate.restype = ctypes.c_int
         fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
-        fallocate(self.fd, _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE, offset, length)
+        while fallocate(self.fd, mode, offset, length):
+            number = ctypes.get_errno()
+            if number != errno.EINTR:
+                return number
+        return 0
 
     def sync(self) -> None:
         """Make data and size durable; O_DIRECT data may still lie in the device's own cache.
