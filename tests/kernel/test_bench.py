@@ -152,13 +152,16 @@ def test_a_disk_that_fills_up_meanwhile(
 ) -> None:
     """Room that goes after the check: told with the number, and given back."""
     monkeypatch.setattr("uringmig.bench.directory._check_room", lambda folder, size: None)
-    with mounted(kind, tmp_path, size=(320 if kind == "xfs" else 24) * MIB) as folder:
+    with mounted(kind, tmp_path, size=320 * MIB) as folder:
+        status = os.statvfs(folder)
+        with (folder / "ballast").open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, status.f_bavail * status.f_frsize - 32 * MIB)
         free = os.statvfs(folder).f_bavail
         with pytest.raises(StorageError) as caught:
             bench_directory(folder, size=512 * MIB, seconds=60.0, seed=1)
         assert caught.value.errno == errno.ENOSPC
         assert str(folder) in str(caught.value)
-        assert set(left_in(folder)) <= {"lost+found"}
+        assert set(left_in(folder)) <= {"lost+found", "ballast"}
         deadline = time.monotonic() + 60  # xfs gives room back in the background
         while os.statvfs(folder).f_bavail < free - 1024 and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -221,6 +224,19 @@ def test_nameless_file_without_o_tmpfile(tmp_path: Path, monkeypatch: pytest.Mon
         assert left_in(tmp_path) == []
     assert len(names) == 1
     assert names[0].startswith(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs", "tmpfs"])
+def test_allocated_blocks_are_there_and_read_as_zeros(tmp_path: Path, kind: str) -> None:
+    with mounted(kind, tmp_path, size=320 * MIB) as folder, nameless_file(str(folder)) as file:
+        file.set_size(4 * MIB)
+        file.write_at(MIB, b"x" * 4096)
+        file.allocate(0, 4 * MIB)
+        assert os.fstat(file.fd).st_blocks * 512 >= 4 * MIB
+        assert file.read_at(0, 4 * MIB) == bytes(MIB) + b"x" * 4096 + bytes(3 * MIB - 4096)
+        with pytest.raises(StorageError, match=f"{folder}: fallocate failed") as caught:
+            file.allocate(0, 1 << 40)
+        assert caught.value.errno == errno.ENOSPC
 
 
 @pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs", "tmpfs"])

@@ -6,6 +6,7 @@ settled by the warm-up, and a trial that takes much longer than planned is cut s
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import time
@@ -31,10 +32,15 @@ _CEILING: Final = Trial(WriteOptions(channels=2, depth=16, block_size=4 * MiB, m
 _SHARES: Final = (0.55, 0.27, 0.13)
 #: Trials that a whole race takes: 28 candidates, then half of them, down to a few, ten rounds.
 _TRIALS_OF_RACE: Final = 110
+#: Single pages are written to so much of a file: two thousand requests are long against the clock.
+_STRETCH_BYTES: Final = 16 * MiB
 #: A trial this many times longer than planned is cut short.
 _PATIENCE: Final = 3.0
-#: Differences of less are noise, however calm the disk was; of more are none, however wild.
-_NOISE: Final = (0.02, 0.06)
+#: Differences of less are noise, however calm the disk was.
+_NOISE_MIN: Final = 0.02
+#: Two standard errors of the difference of two medians, by their interquartile ranges: 0.74 of that
+#: is a standard deviation, 1.25 of that over the root of the rounds is a median's error.
+_NOISE_FACTOR: Final = 2 * 2**0.5 * 1.25 * 0.74
 #: What is bridged is written and takes room on the disk: beyond this it is not worth the time.
 _BRIDGE_MAX: Final = 128 * KiB
 #: A trial writes at least so much; and a directory must have room for one and some metadata.
@@ -197,12 +203,12 @@ class _Measuring:
         ceiling = rates.pop(self._ceiling())
         options = {trial.options: rate for trial, rate in rates.items()}
         best = max(options, key=lambda one: options[one].median)
-        noise = min(max(_NOISE[0], options[best].spread), _NOISE[1])
+        noise = noise_between(options[best], options[self._default])
         chosen = choose(options, self._default, noise=noise)
         self._tell("ways of making the file")
         ways, buffered = self._race_preparations(chosen, direct=first.direct)
         self._tell("cost of a request")
-        request_seconds = self._cost_of_request(chosen)
+        request_seconds = self._cost_of_request(chosen, rate=ways["sized"].median)
         bridge_pages = pages_worth_bridging(request_seconds, ways["sized"].median)
         return BenchReport(
             folder=self._folder,
@@ -241,20 +247,20 @@ class _Measuring:
             notes=tuple(note for note in (self._engine.note, first.note) if note is not None),
         )
 
-    def _try(self, trial: Trial) -> Outcome:
-        """Run one trial of the settled length."""
+    def _try(self, trial: Trial, length_bytes: int) -> Outcome:
+        """Run one trial."""
         return self._bench.run(
-            trial, length_bytes=self._length, seconds_max=_PATIENCE * self._trial_seconds
+            trial, length_bytes=length_bytes, seconds_max=_PATIENCE * self._trial_seconds
         )
 
     def _rate(self, trial: Trial) -> float:
-        return self._try(trial).rate
+        return self._try(trial, self._length).rate
 
     def _warm_up(self) -> Outcome:
         """Run the ceiling's trial unmeasured, and settle how much a trial writes."""
         trial = self._ceiling()
-        self._try(trial)
-        outcome = self._try(trial)
+        self._try(trial, self._length)
+        outcome = self._try(trial, self._length)
         length = align_down(int(outcome.rate * self._trial_seconds), WINDOW_BYTES)
         self._length = min(self._size, max(SIZE_MIN, length))
         return outcome
@@ -302,14 +308,33 @@ class _Measuring:
             rates[cached] if direct else None,
         )
 
-    def _cost_of_request(self, options: WriteOptions) -> float:
-        """Seconds that one more request of a page costs, beside those of its bytes."""
+    def _cost_of_request(self, options: WriteOptions, *, rate: float) -> float:
+        """Seconds that one more request of a page costs, beside those of its bytes.
+
+        A stretch of the file is written whole, and every other page of it by itself. The second
+        way takes a request more for each two pages, and writes a page less; what both ways have in
+        common, such as starting threads, cancels out.
+        """
         single = Trial(replace(options, bridge=0, manifest=False), every_other=True)
         whole = Trial(replace(options, manifest=False))
-        rates = self._race().run(
-            [single, whole], until=self._ends[2], kept=[single, whole], eliminate=False
-        )
-        return max(0.0, PAGE_SIZE / rates[single].median - PAGE_SIZE / rates[whole].median)
+        length = min(self._length, _STRETCH_BYTES)
+
+        def stretch_rate(trial: Trial) -> float:
+            return self._try(trial, length).rate * (2 if trial.every_other else 1)
+
+        race = Race(stretch_rate, clock=time.monotonic, order=self._order)
+        both = [single, whole]
+        rates = race.run(both, until=self._ends[2], kept=both, eliminate=False)
+        more = 2 * PAGE_SIZE / rates[single].median - 2 * PAGE_SIZE / rates[whole].median
+        return max(0.0, more + PAGE_SIZE / rate)
+
+
+def noise_between(first: Rate, second: Rate) -> float:
+    """Share by which two medians may differ and mean nothing; 1.0 if there was but one round."""
+    if min(first.rounds, second.rounds) == 1:
+        return 1.0
+    error = max(rate.spread / math.sqrt(rate.rounds) for rate in (first, second))
+    return max(_NOISE_MIN, _NOISE_FACTOR * error)
 
 
 def choose(rates: dict[WriteOptions, Rate], default: WriteOptions, *, noise: float) -> WriteOptions:
@@ -317,12 +342,22 @@ def choose(rates: dict[WriteOptions, Rate], default: WriteOptions, *, noise: flo
 
     The default, if it is within noise of the fastest: guests are not all dense, and it is known to
     serve the others too. Else the cheapest that is: fewest threads, then fewest bytes in flight.
+    Those with fewer channels or a lower depth than the default come last: channels also search for
+    zero pages, and single pages need the depth, which dense memory does not show.
     """
     limit = (1 - noise) * max(rate.median for rate in rates.values())
     good = [one for one, rate in rates.items() if rate.median >= limit]
     if default in good:
         return default
-    return min(good, key=lambda one: (one.channels, one.depth * one.block_size, -one.block_size))
+    return min(
+        good,
+        key=lambda one: (
+            one.channels < default.channels or one.depth < default.depth,
+            one.channels,
+            one.depth * one.block_size,
+            -one.block_size,
+        ),
+    )
 
 
 def pages_worth_bridging(request_seconds: float, rate: float) -> int:
