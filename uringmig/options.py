@@ -20,6 +20,11 @@ WINDOW_BYTES: Final = 4 * MiB
 CHANNELS_MAX: Final = 255
 #: io_uring's own limit on entries is 32768 (IORING_MAX_ENTRIES, io_uring/io_uring.c).
 DEPTH_MAX: Final = 4096
+#: Compression of a cold image: zstd's own default, and its largest.
+COLD_LEVEL: Final = 3
+COLD_LEVEL_MAX: Final = 22
+#: Threads that compress.
+COLD_WORKERS: Final = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,7 +33,7 @@ from uringmig.archive.coldformat import (
 from uringmig.archive.coldread import ColdContents, open_cold
 from uringmig.archive.copyjournal import BITS_BYTES, Chunk
 from uringmig.archive.copyrun import CopyRun
-from uringmig.archive.intake import Held, Intake
+from uringmig.archive.intake import NOTHING, Held, Intake
 from uringmig.archive.partialcopy import PartialCopy
 from uringmig.archive.tier import LIVE_KINDS, CopiedGuest, EntryLabel, TierResult, describe_entry
 from uringmig.channel import ChannelFile
@@ -41,7 +41,14 @@ from uringmig.contents.source import Contents, Row
 from uringmig.digest import DIGEST_BYTES, bytes_digest, window_digest
 from uringmig.errors import StateError
 from uringmig.iobatch import IoPlan
-from uringmig.options import PAGE_SIZE, WINDOW_BYTES, WriteOptions
+from uringmig.options import (
+    COLD_LEVEL,
+    COLD_LEVEL_MAX,
+    COLD_WORKERS,
+    PAGE_SIZE,
+    WINDOW_BYTES,
+    WriteOptions,
+)
 from uringmig.pages import bitmap
 from uringmig.pages.runs import PageRuns
 from uringmig.plan import Window, plan_runs
@@ -52,13 +59,8 @@ from uringmig.storage.choice import EngineChoice, choose_engine
 from uringmig.storage.engine import Operation
 from uringmig.units import align_up, div_ceil
 
-__all__ = ["LEVEL", "ColdContents", "open_cold", "write_cold"]
+__all__ = ["ColdContents", "open_cold", "write_cold"]
 
-#: zstd's own default.
-LEVEL: Final = 3
-LEVEL_MAX: Final = 22
-_EMPTY: Final = np.empty(0, np.int64)
-_NOTHING: Final = IoPlan(_EMPTY, _EMPTY, _EMPTY)
 _WORDS_PER_PAGE: Final = PAGE_SIZE // 8
 
 
@@ -66,8 +68,8 @@ def write_cold(
     contents: Contents,
     out: Path,
     *,
-    level: int = LEVEL,
-    workers: int = 2,
+    level: int = COLD_LEVEL,
+    workers: int = COLD_WORKERS,
     options: WriteOptions = WriteOptions(),  # noqa: B008 - frozen
     label: EntryLabel | None = None,
     resume: Path | None = None,
@@ -81,7 +83,7 @@ def write_cold(
         out: the image's final name.
         level: of zstd, 1 (fast) to 22 (small).
         workers: threads that compress; each also writes what it compressed.
-        options: how to write; ``channels`` and ``bridge`` do not matter here.
+        options: how to write; ``workers`` stands for its ``channels``.
         label: what the entry is called; None: after the file, made here.
         resume: a journal, as for `write_hot`.
         progress: called with a `Snapshot` about ten times a second and at every phase.
@@ -94,8 +96,8 @@ def write_cold(
         StorageError: nothing is published.
         HostError: io_uring is required and cannot be had.
     """
-    if not 1 <= level <= LEVEL_MAX:
-        raise StateError(f"a compression level is from 1 to {LEVEL_MAX}, not {level}")
+    if not 1 <= level <= COLD_LEVEL_MAX:
+        raise StateError(f"a compression level is from 1 to {COLD_LEVEL_MAX}, not {level}")
     options = replace(options, channels=workers)
     with ExitStack() as stack:
         return _ColdCopy(contents, out, level, options, resume, progress, engine, stack).run(label)
@@ -366,7 +368,7 @@ class _ColdWork:
         self._counters.zero_bytes += PAGE_SIZE * (len(bits) - stored)
         if not stored:
             self._open[window] = (held.row, None)
-            return _NOTHING
+            return NOTHING
         frame = self._free.pop()
         self._open[window] = (held.row, frame)
         length = self._compress(self._gather(held, bits, stored), frame)

@@ -18,7 +18,7 @@ from uringmig import digest, manifest
 from uringmig.archive.copyjournal import BITS_BYTES, Chunk
 from uringmig.archive.copyrun import CopyRun
 from uringmig.archive.dedup import SlotReader, clone_pages, previous_identity, shared_bytes
-from uringmig.archive.intake import Held, Intake
+from uringmig.archive.intake import NOTHING, Held, Intake
 from uringmig.archive.partialcopy import PartialCopy
 from uringmig.archive.tier import LIVE_KINDS, CopiedGuest, EntryLabel, TierResult, describe_entry
 from uringmig.channel import ChannelFile
@@ -292,6 +292,9 @@ class _HotWork:
         """Take in whichever window comes next, and plan the writes of its pages."""
         held = self._open[window] = self._intake.take(self._free.pop())
         block_index, row = held.row
+        if not held.start:  # nothing to write, and its bits are clear from the start
+            self._counters.zero_bytes += len(held.memory)
+            return NOTHING
         bits = held.nonzero()
         if block_index in self._dense:
             bits = np.ones_like(bits)

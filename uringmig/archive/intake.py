@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,9 +20,14 @@ from uringmig import digest
 from uringmig.archive.tier import LIVE_KINDS
 from uringmig.contents.source import Contents, Row, WindowRead
 from uringmig.errors import StateError
+from uringmig.iobatch import IoPlan
 from uringmig.memory.source import Extents
 from uringmig.options import PAGE_SIZE
 from uringmig.pages.zero import nonzero_pages
+
+_EMPTY: Final = np.empty(0, np.int64)
+#: The plan of a window with nothing to write.
+NOTHING: Final = IoPlan(_EMPTY, _EMPTY, _EMPTY)
 
 
 @dataclass(frozen=True, slots=True)
