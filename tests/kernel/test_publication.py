@@ -187,3 +187,11 @@ def test_folder_under_the_name_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StateError):
         Publication(tmp_path / "vm", sidecar=".json")
     assert left_in(tmp_path) == ["vm"]
+
+
+def test_name_too_long_for_its_sidecar_is_refused_at_once(tmp_path: Path) -> None:
+    longest = 255 - len(".json.partial")
+    Publication(tmp_path / ("n" * longest), sidecar=".json").discard()
+    with pytest.raises(StateError, match="is 2 bytes too long"):
+        Publication(tmp_path / ("ü" + "n" * longest), sidecar=".json")
+    assert list(tmp_path.iterdir()) == []

@@ -23,6 +23,8 @@ from uringmig.storage.mainfile import MainFile
 PARTIAL: Final = ".partial"
 #: QEMU creates its files so too (migration/file.c): guest memory is nobody else's business.
 _MODE: Final = 0o600
+#: NAME_MAX of linux/limits.h.
+_NAME_BYTES_MAX: Final = 255
 
 
 class Publication:
@@ -42,7 +44,7 @@ class Publication:
         self.path = os.path.abspath(os.fspath(path))
         self.partial_path = self.path + PARTIAL
         self.sidecar_path = self.path + sidecar
-        _check_name(self.path)
+        _check_name(self.path, longest=self.sidecar_path + PARTIAL)
         #: The buffered descriptor of the partial file; it also holds the lock.
         self.main = MainFile(_create_locked(self.partial_path, keep), self.partial_path)
         self._open = True
@@ -96,8 +98,14 @@ class Publication:
         self.main.close()
 
 
-def _check_name(path: str) -> None:
-    """Refuse what a rename could not replace by a regular file."""
+def _check_name(path: str, *, longest: str) -> None:
+    """Refuse what a rename could not replace, and a name whose length would only show then.
+
+    ``longest`` is the longest name that will be made beside ``path``.
+    """
+    beyond = len(os.fsencode(os.path.basename(longest))) - _NAME_BYTES_MAX
+    if beyond > 0:
+        raise StateError(f"{path}: the name is {beyond} bytes too long for what goes beside it")
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
