@@ -33,7 +33,7 @@ from uringmig.batch.messages import (
     lost,
 )
 from uringmig.batch.pool import LocalPool
-from uringmig.errors import BusyError, HostError, UringmigError
+from uringmig.errors import BusyError, PeerError, UringmigError
 
 #: A scheduler that does not answer within this is not there.
 _CONNECT_SECONDS: Final = 10.0
@@ -43,7 +43,8 @@ _RELAY_SECONDS: Final = 0.5
 _RESOURCE: Final = "host:"
 
 # Its tracebacks on standard error say of a lost connection what our one line says.
-logging.getLogger("distributed").setLevel(logging.CRITICAL)
+for _name in ("distributed", "distributed.client"):
+    logging.getLogger(_name).setLevel(logging.CRITICAL + 1)
 
 
 @dataclass(slots=True)
@@ -200,9 +201,13 @@ class ClusterPool:
         if now - self._looked_at < _LOOK_SECONDS:
             return
         try:
-            self._workers = self._client.scheduler_info(n_workers=-1)["workers"]
+            # With a limit: while the connection is lost the client would wait for ever.
+            found = self._client.sync(
+                self._client.scheduler.identity, n_workers=-1, callback_timeout=_CONNECT_SECONDS
+            )
         except (OSError, TimeoutError) as error:
-            raise HostError(f"the dask scheduler went away: {error}") from None
+            raise PeerError(f"the dask scheduler went away: {error}") from None
+        self._workers = found["workers"]
         self._looked_at = time.monotonic()
 
 

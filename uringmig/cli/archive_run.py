@@ -127,7 +127,12 @@ def _run(
     run = Run(ledger, pool, watchers=watchers, stop=lambda: session.signals.number)
     if ledger.resumed:
         output.note(f"going on with the run of {ledger.time}, which was interrupted")
-    run.plan().check()
+    try:
+        run.plan().check()
+    except StorageError:
+        # Nothing was begun that a later run could go on with.
+        ledger.end()
+        raise
     notifier.ready()
     summary = run.execute()
     notifier.stopping()

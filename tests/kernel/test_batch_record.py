@@ -1,0 +1,71 @@
+"""The run's journal as a file: torn ends are cut off, a full disk ends it and not the run."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+import pytest
+from loopdisk import mounted
+
+from uringmig.batch.journal import Begun, RunState, Started, encode, replay
+from uringmig.batch.record import RunRecord, read_state
+from uringmig.errors import StorageError
+from uringmig.units import KiB, MiB
+
+BEGUN = Begun(job_file="/j", job_digest="d", time="T", at=1.0)
+
+
+def test_begun_gone_on_with_and_replaced(tmp_path: Path) -> None:
+    path = tmp_path / ".run"
+    assert read_state(path) == RunState()
+    record = RunRecord(path)
+    record.begin(BEGUN)
+    record.append(Started(job="a", entry="a-T"))
+    record.close()
+    record.close()
+    with path.open("ab") as file:
+        file.write(encode(Started(job="b", entry="b-T"))[:-5])
+    state = read_state(path)
+    assert state.started == {"a": "a-T"}
+    again = RunRecord(path)
+    again.go_on(state)
+    again.append(Started(job="c", entry="c-T"))
+    again.close()
+    assert read_state(path).started == {"a": "a-T", "c": "c-T"}
+    assert read_state(path).length == path.stat().st_size
+    RunRecord(path).begin(BEGUN)
+    assert read_state(path).started == {}
+    assert [one.name for one in tmp_path.iterdir()] == [".run"]
+
+
+def test_full_disk_is_told_once_and_leaves_what_was_durable(tmp_path: Path) -> None:
+    with mounted("ext4", tmp_path, size=8 * MiB) as folder:
+        record = RunRecord(folder / ".run")
+        record.begin(BEGUN)
+        for size in (MiB, 4 * KiB, 4 * KiB):
+            # What was set aside for metadata is given back once that is written.
+            with contextlib.suppress(OSError), (folder / "fill").open("ab", buffering=0) as fill:
+                while True:
+                    fill.write(bytes(size))
+            os.sync()
+        for number in range(2000):
+            record.append(Started(job=f"job{number}", entry="e"))
+        assert "the journal ends here: No space left" in record.trouble
+        trouble = record.trouble
+        record.append(Started(job="more", entry="e"))
+        assert record.trouble == trouble
+        record.close()
+        state = replay((folder / ".run").read_bytes())
+        assert state.begun == BEGUN
+        assert "more" not in state.started
+        with pytest.raises(StorageError, match=r"cannot write the journal.*ENOSPC"):
+            RunRecord(folder / ".other").begin(BEGUN)
+        assert not list(folder.glob(".other*"))
+
+
+def test_journal_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / ".run").mkdir()
+    with pytest.raises(StorageError, match="cannot read the journal"):
+        read_state(tmp_path / ".run")
