@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import pytest
 from batchjobs import (
     DEPTHS,
     check_archive,
+    children,
     first_event,
     job,
     job_ends,
@@ -27,6 +30,7 @@ from commandline import finish, uringmig
 from loopdisk import mounted
 from smallguests import left_in
 
+from uringmig import MappedRamWriter, RamBlock
 from uringmig.archive.coldread import open_cold
 from uringmig.contents.opening import open_contents
 from uringmig.units import KiB, MiB
@@ -195,6 +199,36 @@ def test_what_may_pass_is_tried_again_and_what_cannot_is_not(tmp_path: Path) -> 
     assert "trying again" in ended.err
 
 
+def test_pages_of_the_previous_image_are_shared_or_the_reason_is_told(tmp_path: Path) -> None:
+    with mounted("btrfs", tmp_path, size=256 * MiB) as disk:
+        for number in range(2):
+            memory = make_image(tmp_path / "vm.mig", pattern="dense", seed=0)
+            if number:
+                memory[:MiB] ^= 1
+                with MappedRamWriter(tmp_path / "vm.mig", [RamBlock("pc.ram", memory)]) as writer:
+                    writer.write_all()
+                    writer.finish()
+            path = write_jobs(
+                tmp_path, job("vm", "image = 'vm.mig'", dedup=True, archive=str(disk / "archive")),
+                defaults=f'entry = "vm-{number}"',
+            )  # fmt: skip
+            ended = run_jobs(path)
+            assert ended.code == 0, ended.err
+        archived = job_ends(ended)["vm"]["archived"]
+        assert 14 * MiB <= archived["shared_bytes"] <= 15 * MiB + 128 * KiB
+        assert len(check_archive(disk / "archive")) == 2
+    with mounted("ext4", tmp_path, size=64 * MiB) as disk:
+        for number in range(2):
+            path = write_jobs(
+                tmp_path, job("vm", "image = 'vm.mig'", dedup=True, archive=str(disk / "archive")),
+                defaults=f'entry = "vm-{number}"',
+            )  # fmt: skip
+            ended = run_jobs(path)
+        assert ended.code == 5
+        assert "reflink" in job_ends(ended)["vm"]["error"]
+        assert len(check_archive(disk / "archive")) == 1
+
+
 def test_an_unchanged_source_is_not_copied_again(tmp_path: Path) -> None:
     make_image(tmp_path / "vm.mig")
     path = write_jobs(tmp_path, job("a", "image = 'vm.mig'"), defaults='entry = "{name}"')
@@ -253,8 +287,11 @@ def test_a_second_run_is_locked_out(tmp_path: Path) -> None:
     assert finish(process).code == 128 + signal.SIGTERM
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_cleanly_and_the_next_run_goes_on(tmp_path: Path, number: int) -> None:
+@pytest.mark.parametrize(("number", "to_all"), [(signal.SIGINT, False), (signal.SIGTERM, True)])
+def test_a_signal_ends_cleanly_and_the_next_run_goes_on(
+    tmp_path: Path, number: int, to_all: bool
+) -> None:
+    """A terminal signals the runner alone, a service manager every process."""
     make_image(tmp_path / "vm.mig")
     path = write_jobs(
         tmp_path,
@@ -264,6 +301,8 @@ def test_a_signal_ends_cleanly_and_the_next_run_goes_on(tmp_path: Path, number: 
     process = start_jobs(path)
     first_event(process, "job", job="quick", stage="done")
     first_event(process, "progress", job="slow")
+    for worker in children(process.pid) if to_all else []:
+        os.kill(worker, number)
     process.send_signal(number)
     ended = finish(process)
     assert ended.code == 128 + number
@@ -323,7 +362,7 @@ def test_a_table_on_a_terminal(tmp_path: Path) -> None:
     path = write_jobs(
         tmp_path, job("a", "image = 'vm.mig'", rate="16M"), job("bad", "image = 'none'")
     )
-    command = f"stty cols 120 rows 40; python -m uringmig archive run {path}"
+    command = f"stty cols 120 rows 40; {sys.executable} -m uringmig archive run {path}"
     done = subprocess.run(
         ["script", "-qec", command, "/dev/null"], capture_output=True, text=True, check=False
     )

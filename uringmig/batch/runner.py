@@ -272,6 +272,8 @@ class Run:
 
     def _ended(self, state: JobState, outcome: Outcome) -> None:
         """An attempt is over: done, to be tried again, or given up."""
+        # A service manager sends its signal to the workers too, and theirs may be told first.
+        self._heed_signal()
         self._admission.release(state.job)
         state.note_outcome(outcome)
         place = self._places.pop(state.job.name, None)
@@ -294,7 +296,11 @@ class Run:
         if self._stopped_by is not None:
             self._ledger.fail(state, place)
             self._enter(state, "stopped")
-        elif outcome.may_pass and not state.timed_out and state.attempts <= state.job.retries:
+        elif (
+            (outcome.may_pass or outcome.ending == "stopped")
+            and not state.timed_out
+            and state.attempts <= state.job.retries
+        ):
             self._try_again(state)
         else:
             self._ledger.fail(state, place)
