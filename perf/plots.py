@@ -15,11 +15,18 @@ mpl.use("Agg")
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from perf.results import Figures, Results, Sample, contests, counted, figures, samples_of
 from perf.rivals import Kind, size_name
 
 _COLORS: Final = {"uringmig": "#1f77b4", "twin": "#9ecae1", "qemu": "#d62728", "fio": "#7f7f7f"}
+_LEGEND: Final = {
+    "uringmig": "uringmig",
+    "twin": "uringmig without a disk",
+    "qemu": "QEMU itself",
+    "fio": "fio",
+}
 #: Activities of a channel, in the order of the stack, then what the whole save waits for.
 _PARTS: Final = ("scan", "digest", "submit", "wait", "sync", "publish")
 _PART_COLORS: Final = ("#1f77b4", "#17becf", "#2ca02c", "#c7c7c7", "#d62728", "#9467bd", "#ffffff")
@@ -61,7 +68,7 @@ def _plot(title: str, figure: Figure) -> Plot:
 
 
 def _bars(where: str, kind: Kind, rows: Sequence[Figures]) -> Plot:
-    """Time of every rival, fastest at the top, with its spread."""
+    """Time of every rival, fastest at the bottom, with its spread."""
     figure, axes = plt.subplots(figsize=(9, 1.2 + 0.3 * len(rows)))
     names = [row.rival for row in rows]
     seconds = [row.durable_s for row in rows]
@@ -77,10 +84,13 @@ def _bars(where: str, kind: Kind, rows: Sequence[Figures]) -> Plot:
             f"{row.durable_s:.2f} s", (row.durable_s * (1 + row.spread), index),
             xytext=(4, 0), textcoords="offset points", va="center", fontsize=8,
         )  # fmt: skip
-    axes.invert_yaxis()
+    # Slowest at the top: its bar leaves no room for a legend there, but there is some below.
     axes.set_xlim(0, max(seconds) * 1.15)
     axes.set_xlabel("seconds until durable" if kind == "save" else "seconds until loaded")
     axes.tick_params(axis="y", labelsize=8)
+    groups = [group for group in _COLORS if any(row.group == group for row in rows)]
+    handles = [Patch(color=_COLORS[group], label=_LEGEND[group]) for group in groups]
+    axes.legend(handles=handles, loc="lower right", fontsize=8)
     axes.set_title(f"{where}: time to {kind}, median over rounds")
     return _plot(f"{where}: time to {kind}", figure)
 
