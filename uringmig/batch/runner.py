@@ -18,7 +18,7 @@ from uringmig.batch.admission import DEPTH_OTHERWISE, Admission, Allowance
 from uringmig.batch.disks import DiskUse, disks_of
 from uringmig.batch.job import ImageSource, Job
 from uringmig.batch.ledger import Ledger
-from uringmig.batch.memory import own_memory_bytes
+from uringmig.batch.memory import OwnMemory
 from uringmig.batch.messages import (
     Archive,
     Archived,
@@ -27,6 +27,7 @@ from uringmig.batch.messages import (
     Examine,
     Measure,
     MeasuredDepth,
+    Message,
     Order,
     Outcome,
     Progress,
@@ -94,7 +95,7 @@ class Run:
         self._places: dict[str, Place] = {}
         self._admission = Admission({})
         self._disks = _Disks()
-        self._peak_runner_bytes = 0
+        self._memory = OwnMemory()
 
     def plan(self) -> Plan:
         """Look at every job's source, in the workers, and add up what the run asks for.
@@ -127,11 +128,7 @@ class Run:
         while not all(state.final for state in self._states):
             self._heed_signal()
             self._begin_jobs()
-            for message in self._pool.poll(_TICK_SECONDS):
-                if isinstance(message, Progress):
-                    self._by_name[message.key].progress = message
-                else:
-                    self._ended(self._by_name[message.key], message)
+            self._take_in(self._pool.poll(_TICK_SECONDS))
             self._enforce_limits()
             self._look()
         if self._stopped_by is None:
@@ -140,13 +137,11 @@ class Run:
 
     def view(self) -> RunView:
         """Where everything stands."""
-        memory = own_memory_bytes()
-        self._peak_runner_bytes = max(self._peak_runner_bytes, memory)
         return RunView(
             jobs=self._states,
             disks=self._disks.look(self._admission),
             seconds=time.monotonic() - self._began_at,
-            runner_bytes=memory,
+            runner_bytes=self._memory.look(),
         )
 
     def _examined(self, state: JobState, outcome: Outcome) -> None:
@@ -226,6 +221,22 @@ class Run:
             elif not state.final:
                 self._enter(state, "stopped")
 
+    def _take_in(self, messages: Sequence[Message]) -> None:
+        """Keep progress; and let the next job have the disk before the last one is written down."""
+        outcomes = []
+        for message in messages:
+            state = self._by_name[message.key]
+            if isinstance(message, Progress):
+                state.progress = message
+            else:
+                self._admission.release(state.job)
+                outcomes.append((state, message))
+        if outcomes:
+            self._heed_signal()
+            self._begin_jobs()
+        for state, outcome in outcomes:
+            self._ended(state, outcome)
+
     def _begin_jobs(self) -> None:
         """Begin every job whose time has come, whose disks have room, and for which a worker is."""
         now = time.monotonic()
@@ -274,7 +285,6 @@ class Run:
         """An attempt is over: done, to be tried again, or given up."""
         # A service manager sends its signal to the workers too, and theirs may be told first.
         self._heed_signal()
-        self._admission.release(state.job)
         state.note_outcome(outcome)
         place = self._places.pop(state.job.name, None)
         archived = outcome.result if isinstance(outcome.result, Archived) else None
@@ -354,7 +364,7 @@ class Run:
             jobs=tuple(self._states),
             resumed=self._ledger.resumed,
             stopped_by=self._stopped_by,
-            peak_runner_bytes=self._peak_runner_bytes,
+            peak_runner_bytes=self._memory.peak_bytes,
             peak_worker_bytes=max((state.peak_bytes for state in self._states), default=0),
             notes=tuple(self._ledger.notes),
             depths={key: allowance.depth for key, allowance in self._admission.allowances.items()},

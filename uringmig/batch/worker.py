@@ -20,7 +20,7 @@ from typing import Final
 import msgspec
 
 from uringmig.batch.attempt import carry_out
-from uringmig.batch.memory import own_memory_bytes
+from uringmig.batch.memory import OwnMemory
 from uringmig.batch.messages import (
     ORDER_DECODER,
     Message,
@@ -59,7 +59,7 @@ def attempt(order: Order, work: CarryOut, say: Callable[[Message], None]) -> Out
         work: does it, and returns the outcome's result.
         say: called with progress.
     """
-    memory = _Memory()
+    memory = OwnMemory()
     try:
         with Signals() as signals:
 
@@ -80,17 +80,6 @@ def attempt(order: Order, work: CarryOut, say: Callable[[Message], None]) -> Out
     memory.look()
     worker = f"{socket.gethostname()}:{os.getpid()}"
     return msgspec.structs.replace(outcome, peak_bytes=memory.peak_bytes, worker=worker)
-
-
-class _Memory:
-    """The most memory seen."""
-
-    def __init__(self) -> None:
-        self.peak_bytes = own_memory_bytes()
-
-    def look(self) -> None:
-        """Look again."""
-        self.peak_bytes = max(self.peak_bytes, own_memory_bytes())
 
 
 def _progress(key: str, snapshot: Snapshot) -> Progress:
