@@ -7,9 +7,11 @@ import fcntl
 import json
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +191,28 @@ def test_reindex_keeps_what_verification_knows_of_the_same_file(archive: Archive
     shutil.copy(sidecar, archive.path / "copy")
     (archive.path / "copy").rename(sidecar)
     assert reindex(archive.path).kept_verification == 1
+
+
+def test_reindex_believes_the_manifests_and_changes_a_whole_catalogue_in_place(
+    archive: Archive,
+) -> None:
+    """What rotted in a value is put right; a reader in the middle of a look goes on with it."""
+    entry = add_entry(archive, "one")
+    archive.close()
+    catalogue = archive.path / "catalogue.sqlite"
+    with closing(sqlite3.connect(catalogue)) as connection, connection:
+        connection.execute("UPDATE entries SET vm = 'rotted', memory_bytes = 7")
+    inode = catalogue.stat().st_ino
+    with closing(sqlite3.connect(catalogue, isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        assert reader.execute("SELECT vm FROM entries").fetchall() == [("rotted",)]
+        assert reindex(archive.path).entries == 1
+        assert reader.execute("SELECT vm FROM entries").fetchall() == [("rotted",)]
+        reader.execute("COMMIT")
+        assert reader.execute("SELECT vm FROM entries").fetchall() == [("web1",)]
+    assert catalogue.stat().st_ino == inode
+    with Archive.open(archive.path, write=False) as again:
+        assert again.entries() == [entry]
 
 
 # What a killed writer leaves.

@@ -10,18 +10,19 @@ checked.
 
 from __future__ import annotations
 
+import errno
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, NoReturn
 
 import msgspec
 
 from uringmig.archive.entry import Entry, image_path, manifest_path
-from uringmig.errors import FormatError, StateError, StorageError, UringmigError
+from uringmig.errors import FormatError, StateError, StorageError
 
 NAME: Final = "catalogue.sqlite"
 #: "umig"; with it file(1) tells the file from other SQLite databases.
@@ -31,6 +32,11 @@ _VERSION: Final = 1
 _BUSY_SECONDS: Final = 10.0
 #: Files beside it while it is used, and after a crash.
 _LOGS: Final = ("-wal", "-shm")
+#: What the kernel or the disk says through SQLite; all else is about the file's content.
+_REFUSED: Final = (
+    sqlite3.SQLITE_PERM, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN,
+)  # fmt: skip
 _CURE: Final = "`uringmig archive reindex` makes a new one from the manifests"
 
 #: The columns of entries that are fields of `Entry`, in the table's order.
@@ -63,6 +69,14 @@ class Row:
     entry: Entry
     manifest_stamp: str
     removing: bool
+
+    def with_checks_of(self, other: Row) -> Row:
+        """This row, with what verification knows from another one of the same files."""
+        known = other.entry
+        entry = replace(
+            self.entry, verified_at=known.verified_at, verify_cursor=known.verify_cursor
+        )
+        return replace(self, entry=entry)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,15 +149,19 @@ class Catalogue:
 
     def put(self, rows: Iterable[Row]) -> None:
         """Add entries, or replace those of the same names, all or none."""
-        marks = ", ".join("?" * (len(_FIELDS) + 2))
         with self._writing() as connection:
             for row in rows:
-                values = [getattr(row.entry, field) for field in _FIELDS]
                 connection.execute("DELETE FROM entries WHERE name = ?", (row.entry.name,))
-                connection.execute(
-                    f"INSERT INTO entries VALUES ({marks})",
-                    (*values, row.manifest_stamp, int(row.removing)),
-                )
+                _insert(connection, row)
+
+    def put_all(self, rows: Iterable[Row], damage: Mapping[str, Iterable[Damage]]) -> None:
+        """Let there be these entries and no others, with these places known to be damaged."""
+        with self._writing() as connection:
+            connection.execute("DELETE FROM entries")
+            for row in rows:
+                _insert(connection, row)
+            for name, damaged in damage.items():
+                _insert_damage(connection, name, damaged)
 
     def mark_removing(self, name: str) -> None:
         """Hide an entry for good; its files go next."""
@@ -182,10 +200,7 @@ class Catalogue:
                 connection.executemany(
                     "DELETE FROM damage WHERE name = ? AND chunk = ?", [(name, n) for n in good]
                 )
-                connection.executemany(
-                    "INSERT OR REPLACE INTO damage VALUES (?, ?, ?, ?)",
-                    [(name, item.chunk, item.text, item.found_at) for item in damaged],
-                )
+                _insert_damage(connection, name, damaged)
                 connection.execute(
                     "UPDATE entries SET verified_at = coalesce(?, verified_at) WHERE name = ? "
                     f"AND {_COUNT_DAMAGE} = 0",
@@ -195,13 +210,10 @@ class Catalogue:
     def put_damage(self, name: str, damaged: Iterable[Damage]) -> None:
         """Add places of an entry that are known to be damaged."""
         with self._writing() as connection:
-            connection.executemany(
-                "INSERT OR REPLACE INTO damage VALUES (?, ?, ?, ?)",
-                [(name, item.chunk, item.text, item.found_at) for item in damaged],
-            )
+            _insert_damage(connection, name, damaged)
 
     def replace(self, other: Catalogue) -> None:
-        """Take another one's place, whatever it is."""
+        """Take the place of another one, which nobody can use, whatever it is."""
         try:
             # The log belongs to the old file: beside the new one it would be played into it.
             for suffix in _LOGS:
@@ -311,17 +323,17 @@ class Catalogue:
             raise FormatError(f"{self.path}: the catalogue is damaged; {_CURE}") from None
 
     def _fail(self, error: sqlite3.Error) -> NoReturn:
-        code = getattr(error, "sqlite_errorcode", None)
-        primary = None if code is None else code & 0xFF
-        text = f"the catalogue is damaged: {error}; {_CURE}"
-        raised: UringmigError
-        if primary in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or primary is None:
-            raised = FormatError(f"{self.path}: {text}")
-        elif primary in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-            raised = StorageError("the catalogue is held by another process", path=self.path)
-        else:
-            raised = StorageError(f"cannot use the catalogue: {error}", path=self.path)
-        raise raised from None
+        # Python's own errors have no code, such as text that is no UTF-8.
+        primary = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
+        if primary in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            raise StorageError(
+                "the catalogue is held by another process", errno=errno.EAGAIN, path=self.path
+            ) from None
+        # A file that we may write, and that SQLite does not, claims to be of a newer format.
+        claims = primary == sqlite3.SQLITE_READONLY and os.access(self.path, os.W_OK)
+        if primary in _REFUSED and not claims:
+            raise StorageError(f"cannot use the catalogue: {error}", path=self.path) from None
+        raise FormatError(f"{self.path}: the catalogue is damaged: {error}; {_CURE}") from None
 
 
 def manifest_stamp(path: Path) -> str:
@@ -335,6 +347,23 @@ def manifest_stamp(path: Path) -> str:
     except OSError as error:
         raise StorageError("cannot look at", errno=error.errno, path=path) from None
     return f"{status.st_ino}:{status.st_size}:{status.st_mtime_ns}"
+
+
+def _insert(connection: sqlite3.Connection, row: Row) -> None:
+    """Add one entry."""
+    values = [getattr(row.entry, field) for field in _FIELDS]
+    marks = ", ".join("?" * (len(_FIELDS) + 2))
+    connection.execute(
+        f"INSERT INTO entries VALUES ({marks})", (*values, row.manifest_stamp, int(row.removing))
+    )
+
+
+def _insert_damage(connection: sqlite3.Connection, name: str, damaged: Iterable[Damage]) -> None:
+    """Add places of an entry that are damaged."""
+    connection.executemany(
+        "INSERT OR REPLACE INTO damage VALUES (?, ?, ?, ?)",
+        [(name, item.chunk, item.text, item.found_at) for item in damaged],
+    )
 
 
 @contextmanager

@@ -318,26 +318,39 @@ def reindex(path: str | os.PathLike[str]) -> ReindexReport:
 
 
 def _rebuild(folder: Path, rows: list[Row]) -> int:
-    """Put a new catalogue in the place of what is there; return how many verifications it keeps."""
-    old, new = Catalogue(folder), Catalogue(folder, name=CATALOGUE_NAME + PARTIAL)
+    """Let the catalogue say ``rows`` and nothing else; return how many verifications it keeps.
+
+    A whole one is changed in one transaction, since others may be using it. A damaged one, which
+    nobody can use, is replaced.
+    """
+    catalogue = Catalogue(folder)
+    known = _readable_rows(catalogue)
+    kept: dict[str, list[Damage]] = {}
+    merged = []
+    for row in rows:
+        former = (known or {}).get((row.entry.name, row.manifest_stamp))
+        if former is not None and former.entry.condition != "unchecked":
+            kept[row.entry.name] = catalogue.damage(row.entry.name)
+        merged.append(row if former is None else row.with_checks_of(former))
+    try:
+        if known is not None:
+            catalogue.put_all(merged, kept)
+            return len(kept)
+    except BytesError:
+        pass  # damaged where only a writer comes by
+    new = Catalogue(folder, name=CATALOGUE_NAME + PARTIAL)
     new.remove()
     new.create()
-    known = _readable_rows(old)
-    kept = [row for row in rows if (row.entry.name, row.manifest_stamp) in known]
-    new.put([known.get((row.entry.name, row.manifest_stamp), row) for row in rows])
-    for row in kept:
-        new.put_damage(row.entry.name, old.damage(row.entry.name))
-    new.replace(old)
+    new.put_all(merged, kept)
+    new.replace(catalogue)
     sync_folder(folder)
-    return sum(
-        known[row.entry.name, row.manifest_stamp].entry.condition != "unchecked" for row in kept
-    )
+    return len(kept)
 
 
-def _readable_rows(catalogue: Catalogue) -> dict[tuple[str, str], Row]:
-    """Rows of a catalogue by name and manifest; none if it is not whole."""
+def _readable_rows(catalogue: Catalogue) -> dict[tuple[str, str], Row] | None:
+    """Rows of a catalogue by name and manifest; None if it is not there or not whole."""
     if not catalogue.exists:
-        return {}
+        return None
     try:
         catalogue.check()
         return {
@@ -345,8 +358,8 @@ def _readable_rows(catalogue: Catalogue) -> dict[tuple[str, str], Row]:
             for row in catalogue.rows()
             if not row.removing
         }
-    except (BytesError, StorageError):
-        return {}
+    except BytesError:
+        return None
 
 
 def _make(folder: Path) -> None:
