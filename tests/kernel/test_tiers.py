@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import threading
 from pathlib import Path
 
 import pytest
@@ -201,3 +202,20 @@ def test_hot_cold_stream_and_back(tmp_path: Path) -> None:
     assert (image.contents, image.tail) == (guest, tail)
     digests = [archive_fields(result).content_digest for result in (first, hot, cold)]
     assert len(set(digests)) == 1
+
+
+def test_copies_leave_nothing_open(tmp_path: Path) -> None:
+    save(tmp_path / "a.mig", ram_bytes=5 * MIB)
+
+    def copies() -> None:
+        with MappedRamContents(tmp_path / "a.mig") as contents:
+            write_cold(contents, tmp_path / "a.cold", options=OPTIONS, resume=tmp_path / "j")
+        with open_cold(tmp_path / "a.cold") as contents:
+            write_hot(contents, tmp_path / "b.mig", options=OPTIONS, resume=tmp_path / "j")
+
+    copies()
+    descriptors, threads = len(left_in(Path("/proc/self/fd"))), threading.active_count()
+    for _ in range(5):
+        copies()
+    assert len(left_in(Path("/proc/self/fd"))) == descriptors
+    assert threading.active_count() == threads

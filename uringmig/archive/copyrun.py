@@ -105,9 +105,10 @@ class CopyRun:
 
     def _maybe_checkpoint(self, chunk_of: Callable[[Row], Chunk]) -> None:
         """Make a checkpoint if enough has been copied since the last one."""
-        finished = sum(item.finished_bytes for item in self.counters)
         if not self._partial.resumable:
+            self.done.clear()  # nobody will ask
             return
+        finished = sum(item.finished_bytes for item in self.counters)
         if finished - self._checkpointed_bytes < CHECKPOINT_BYTES:
             return
         self._checkpointed_bytes = finished
