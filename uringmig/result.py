@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final
 
+import numpy as np
+from numpy.typing import NDArray
+
+from uringmig.format.layout import BlockLayout
 from uringmig.manifest import Manifest, ManifestBlock, Settings
 from uringmig.options import WriteOptions
 from uringmig.progress import TimeAccount
@@ -73,28 +77,43 @@ def describe_save(
         file_size=result.file_size,
         stream_digest=stream_digest,
         blocks=[
-            ManifestBlock(
-                idstr=block.layout.idstr,
-                used_length=block.layout.used_length,
-                bitmap_offset=block.layout.bitmap_offset,
-                pages_offset=block.layout.pages_offset,
-                pages_set=count,
-                digests=[row.tobytes().hex() for row in block.digests],
-            )
+            describe_block(block.layout, pages_set=count, digests=block.digests)
             for block, count in zip(blocks, pages_set, strict=True)
         ],
-        settings=Settings(
-            engine=result.engine,
-            direct=result.direct,
-            channels=options.channels,
-            depth=options.depth,
-            block_size=options.block_size,
-            bridge=options.bridge,
-            rate=options.rate,
-        ),
-        seconds={
-            name: round(getattr(result.time, name), 6)
-            for name in ("elapsed", "scan", "digest", "submit", "wait", "sync")
-        },
+        settings=describe_settings(options, engine=result.engine, direct=result.direct),
+        seconds=describe_seconds(result.time),
         notes=list(result.notes),
     )
+
+
+def describe_block(
+    layout: BlockLayout, *, pages_set: int, digests: NDArray[np.uint8]
+) -> ManifestBlock:
+    """Describe one block of a mapped-ram image; ``digests`` is (windows, 16)."""
+    return ManifestBlock(
+        idstr=layout.idstr,
+        used_length=layout.used_length,
+        bitmap_offset=layout.bitmap_offset,
+        pages_offset=layout.pages_offset,
+        pages_set=pages_set,
+        digests=[row.tobytes().hex() for row in digests],
+    )
+
+
+def describe_settings(options: WriteOptions, *, engine: str, direct: bool) -> Settings:
+    """Describe how a file was written: ``engine`` and ``direct`` are what really ran."""
+    return Settings(
+        engine=engine,
+        direct=direct,
+        channels=options.channels,
+        depth=options.depth,
+        block_size=options.block_size,
+        bridge=options.bridge,
+        rate=options.rate,
+    )
+
+
+def describe_seconds(time: TimeAccount) -> dict[str, float]:
+    """Pick the seconds that a manifest keeps; giving the file its name is still to come."""
+    names = ("elapsed", "scan", "digest", "submit", "wait", "sync")
+    return {name: round(getattr(time, name), 6) for name in names}

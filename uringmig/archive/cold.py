@@ -53,7 +53,7 @@ from uringmig.pages import bitmap
 from uringmig.pages.runs import PageRuns
 from uringmig.plan import Window, plan_runs
 from uringmig.progress import ChannelCounters, ProgressCallback, account
-from uringmig.result import WRITER
+from uringmig.result import WRITER, describe_seconds, describe_settings
 from uringmig.storage.buffers import aligned_buffer
 from uringmig.storage.choice import EngineChoice, choose_engine
 from uringmig.storage.engine import Operation
@@ -298,7 +298,6 @@ class _ColdCopy:
         fields: manifest.ArchiveFields,
     ) -> manifest.ColdManifest:
         """Describe the durable image."""
-        options = self._options
         times = account(
             self._copy.counters, elapsed=time.monotonic() - self._started, sync=sync_seconds
         )
@@ -312,19 +311,10 @@ class _ColdCopy:
             level=self._level,
             frames=len(index.frames),
             frame_bytes=int(index.frames.length.sum()),
-            settings=manifest.Settings(
-                engine=self._engine.name,
-                direct=self._target.direct.direct,
-                channels=options.channels,
-                depth=options.depth,
-                block_size=options.block_size,
-                bridge=options.bridge,
-                rate=options.rate,
+            settings=describe_settings(
+                self._options, engine=self._engine.name, direct=self._target.direct.direct
             ),
-            seconds={
-                name: round(getattr(times, name), 6)
-                for name in ("elapsed", "scan", "submit", "wait", "sync")
-            },
+            seconds=describe_seconds(times),
             notes=[note for note in notes if note is not None],
             archive=fields,
         )

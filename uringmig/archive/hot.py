@@ -32,7 +32,7 @@ from uringmig.pages import bitmap
 from uringmig.pages.runs import runs_from_bits
 from uringmig.plan import Window, bridge_gaps, gap_pages, plan_runs
 from uringmig.progress import ChannelCounters, ProgressCallback, account
-from uringmig.result import WRITER
+from uringmig.result import WRITER, describe_block, describe_seconds, describe_settings
 from uringmig.storage.buffers import aligned_buffer
 from uringmig.storage.choice import EngineChoice, choose_engine
 from uringmig.storage.engine import Operation
@@ -217,7 +217,6 @@ class HotCopy:
         self, stream: str, sync_seconds: float, fields: manifest.ArchiveFields
     ) -> manifest.Manifest:
         """Describe the durable image."""
-        options = self._options
         times = account(
             self._copy.counters, elapsed=time.monotonic() - self._started, sync=sync_seconds
         )
@@ -230,29 +229,17 @@ class HotCopy:
             file_size=self._target.main.size,
             stream_digest=stream,
             blocks=[
-                manifest.ManifestBlock(
-                    idstr=place.idstr,
-                    used_length=place.used_length,
-                    bitmap_offset=place.bitmap_offset,
-                    pages_offset=place.pages_offset,
+                describe_block(
+                    place,
                     pages_set=bitmap.set_bit_count(copied.bitmap),
-                    digests=[row.tobytes().hex() for row in copied.digests],
+                    digests=copied.digests,
                 )
                 for place, copied in zip(self._layout.blocks, self._guest.blocks, strict=True)
             ],
-            settings=manifest.Settings(
-                engine=self._engine.name,
-                direct=self._target.direct.direct,
-                channels=options.channels,
-                depth=options.depth,
-                block_size=options.block_size,
-                bridge=options.bridge,
-                rate=options.rate,
+            settings=describe_settings(
+                self._options, engine=self._engine.name, direct=self._target.direct.direct
             ),
-            seconds={
-                name: round(getattr(times, name), 6)
-                for name in ("elapsed", "scan", "digest", "submit", "wait", "sync")
-            },
+            seconds=describe_seconds(times),
             notes=[note for note in notes if note is not None],
             archive=fields,
         )
