@@ -141,6 +141,8 @@ def speed(folder: Path, *, count: int, size: int, rounds: int) -> None:
         ("of the entries in the page cache", [one.cached_entries for one in batches]),
     ):
         console.print(f"{what}: {', '.join(f'{value / MiB:.1f}' for value in values)} MiB")
+    largest = max(one.summary["peak_worker_bytes"] for one in batches)
+    console.print(f"largest worker in the batches: {format_size(largest)}")
     held = sum(cached_bytes(image) or 0 for image in images)
     console.print(f"of the sources in the page cache: {format_size(held)}")
     console.print(f"idle file still cached: {format_size(cached)} of {format_size(_IDLE_BYTES)}")

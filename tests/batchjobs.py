@@ -147,8 +147,11 @@ def check_archive(folder: Path) -> dict[str, Entry]:
 def first_event(process: subprocess.Popen[str], name: str, **fields: object) -> dict[str, Any]:
     """Read events until one of a name with these fields comes."""
     assert process.stdout is not None
+    seen: list[str] = []
     for line in process.stdout:
         event: dict[str, Any] = json.loads(line)
         if event["event"] == name and all(event[key] == value for key, value in fields.items()):
             return event
-    raise AssertionError(f"no event {name} {fields}")
+        seen.append(line)
+    _, errors = process.communicate()
+    raise AssertionError(f"no event {name} {fields} but {''.join(seen)} and {errors}")

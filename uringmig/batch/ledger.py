@@ -23,7 +23,7 @@ from uringmig.batch.job import JobFile, entry_name
 from uringmig.batch.messages import Archived
 from uringmig.batch.record import RunRecord, read_state
 from uringmig.batch.state import JobState
-from uringmig.errors import StateError, StorageError, UringmigError
+from uringmig.errors import StateError, UringmigError
 
 TIME_FORMAT: Final = "%Y%m%dT%H%M%SZ"
 
@@ -155,9 +155,9 @@ class Ledger:
                     good=(),
                     damaged=(),
                 )
-        except StorageError as error:
-            # The entry is whole; whoever opens the archive next finds it.
-            state.warnings.append(f"the entry is whole but not yet in the catalogue: {error}")
+        except UringmigError as error:
+            # Its files are there; whoever opens the archive next finds it.
+            state.warnings.append(f"the entry is not yet in the catalogue: {error}")
         self._record.append(
             journal.Finished(
                 job=state.job.name,

@@ -36,7 +36,7 @@ from uringmig.batch.messages import (
 from uringmig.batch.planning import Plan, PlanRow, free_space, make_plan
 from uringmig.batch.pool import Pool
 from uringmig.batch.state import DiskView, JobState, RunView, Stage, Summary, Watcher
-from uringmig.errors import PeerError, StateError
+from uringmig.errors import PeerError, UringmigError
 from uringmig.units import format_duration
 
 _TICK_SECONDS: Final = 0.2
@@ -258,7 +258,7 @@ class Run:
         state.attempts += 1
         try:
             place, previous = self._ledger.start(state)
-        except StateError as error:
+        except UringmigError as error:
             self._admission.release(job)
             state.kind, state.error = type(error).__name__, str(error)
             state.exit_code = error.exit_code
