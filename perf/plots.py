@@ -85,7 +85,7 @@ def _bars(where: str, kind: Kind, rows: Sequence[Figures]) -> Plot:
             xytext=(4, 0), textcoords="offset points", va="center", fontsize=8,
         )  # fmt: skip
     # Slowest at the top: its bar leaves no room for a legend there, but there is some below.
-    axes.set_xlim(0, max(seconds) * 1.15)
+    axes.set_xlim(0, max(row.durable_s * (1 + row.spread) for row in rows) * 1.12)
     axes.set_xlabel("seconds until durable" if kind == "save" else "seconds until loaded")
     axes.tick_params(axis="y", labelsize=8)
     groups = [group for group in _COLORS if any(row.group == group for row in rows)]
