@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uringmig.errors import StateError, StorageError
+from uringmig.memory.faultaround import MADV_POPULATE_READ, FaultAround
 from uringmig.memory.source import Extents, check_range
 from uringmig.options import PAGE_SIZE
 from uringmig.units import KiB, align_down, align_up, is_aligned
@@ -27,8 +28,6 @@ from uringmig.units import KiB, align_down, align_up, is_aligned
 _HUGETLBFS_MAGIC: Final = 0x958458F6
 #: include/uapi/asm-generic/mman.h; the mmap module has no name for it in Python 3.11.
 _MAP_NORESERVE: Final = 0x4000
-#: madvise(2), Linux 5.14: fault in, for reading.
-_MADV_POPULATE_READ: Final = 22
 #: How much of a huge page is looked at in one go for a nonzero byte; fits the L2 cache.
 _PROBE_BYTES: Final = 256 * KiB
 
@@ -76,6 +75,7 @@ class FileMemory:
         except BaseException:
             os.close(self._fd)
             raise
+        self._around = FaultAround()
 
     def _open(self, file: str | os.PathLike[str] | int, writable: bool) -> int:
         """Get a descriptor of our own."""
@@ -178,7 +178,9 @@ class FileMemory:
         On this mapping faults come every 16 pages (the kernel's fault-around) and cost, in a
         virtual machine, more than all else that a scan does.
         """
-        _LIBC.madvise(self.address + start, length, _MADV_POPULATE_READ)
+        if not self._huge_page_bytes and self._around.map_in(self.address + start, length):
+            return
+        _LIBC.madvise(self.address + start, length, MADV_POPULATE_READ)
 
     def _data_ranges(self, first: int, limit: int) -> list[tuple[int, int]]:
         """Ask SEEK_DATA and SEEK_HOLE; file offsets, rounded outwards to pages."""
@@ -239,6 +241,7 @@ class FileMemory:
         """
         if self._view is not None:
             self._view = None
+            self._around.close()
             os.close(self._fd)
 
     def _refusal(
