@@ -37,6 +37,8 @@ Then = Literal["cont", "quit", "leave"]
 
 #: Run states from which QEMU migrates. From postmigrate it does not, until ``cont``.
 _SAVED_FROM: Final = frozenset({"running", "paused", "prelaunch", "suspended", "shutdown"})
+#: Where it does not stay: a migration is ending (its saver was killed, say), or coming in.
+_PASSED_THROUGH: Final = frozenset({"finish-migrate", "inmigrate"})
 #: Capabilities that would change the stream or who may stop the guest; unknown ones are left out.
 _SWITCHED_OFF: Final = (
     CAPABILITY_MAPPED_RAM, "multifd", "postcopy-ram", "postcopy-preempt", "x-colo", "xbzrle",
@@ -201,7 +203,8 @@ def _state_to_save(monitor: Monitor) -> str:
     """The guest's run state; refuse one from which it cannot be saved."""
     before = monitor.run_state()
     if before not in _SAVED_FROM:
-        raise PeerError(f"the guest is in state {before!r}, from which QEMU cannot migrate")
+        kind = BusyError if before in _PASSED_THROUGH else PeerError
+        raise kind(f"the guest is in state {before!r}, from which QEMU cannot migrate")
     if not monitor.migration().ended:
         raise BusyError(f"QEMU is busy with a migration ({monitor.migration().status})")
     return before

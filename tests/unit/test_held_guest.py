@@ -1,0 +1,34 @@
+"""From which run states a guest can be held now, later, or not at all."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import pytest
+
+from uringmig.errors import PeerError
+from uringmig.qemu.monitor import Monitor
+from uringmig.qemu.sharedram import hold_guest
+
+
+class Standing:
+    """As much of a monitor as is asked before a guest is touched."""
+
+    def __init__(self, state: str) -> None:
+        self._state = state
+
+    def run_state(self) -> str:
+        return self._state
+
+
+@pytest.mark.parametrize(
+    ("state", "passes"),
+    [("finish-migrate", True), ("inmigrate", True), ("postmigrate", False), ("io-error", False)],
+)
+def test_a_state_that_passes_may_be_waited_for(state: str, passes: bool) -> None:
+    with (
+        pytest.raises(PeerError, match=f"in state '{state}'") as caught,
+        hold_guest(cast(Monitor, Standing(state))),
+    ):
+        pass
+    assert caught.value.may_pass is passes
