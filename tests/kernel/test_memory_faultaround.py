@@ -46,8 +46,9 @@ def test_a_range_is_mapped_in(data: int, start: int, pages: int) -> None:
         assert not mapped_pages(memory).any()
         memory.prefault(start=start * PAGE, length=pages * PAGE)
         found = mapped_pages(memory)
-        # At the beginning of a mapping the kernel's 64 KiB are not aligned, which leaves one out.
-        assert np.count_nonzero(~found[start : start + pages]) <= (1 if pages > 16 else 0)
+        # The kernel passes over a page that happens to be locked: one in a million here.
+        left_out = np.flatnonzero(~found[start : start + pages])
+        assert len(left_out) <= (1 if pages > 1 else 0), left_out
         # What lies around is mapped in too, but nothing beyond 64 KiB.
         assert not found[start + pages + 16 :].any()
 
@@ -73,7 +74,7 @@ def test_where_it_does_not_help_each_page_is_asked_for(
     with closing(FaultAround()) as around, closing(FileMemory(data)) as memory:
         assert not around.map_in(memory.address, LENGTH // 2)
         memory.prefault(start=0, length=LENGTH // 2)
-        assert mapped_pages(memory)[: LENGTH // 2 // PAGE].all()
+        assert mapped_pages(memory)[: LENGTH // 2 // PAGE].all()  # asked for one by one
 
 
 def test_without_proc_it_gives_up(data: int, monkeypatch: pytest.MonkeyPatch) -> None:

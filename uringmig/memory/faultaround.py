@@ -57,11 +57,13 @@ class FaultAround:
         if self._gave_up:
             return False
         steps = np.arange(align_up(address + 1, _AROUND_BYTES), address + length, _AROUND_BYTES)
-        if len(steps) >= _RANGES_MAX:
+        # Where a mapping begins unaligned, the first fault maps 64 KiB from there on, so the next
+        # step may find its page mapped already and its neighbours not: hence the second of these.
+        first = [address, address + min(_AROUND_BYTES, length - PAGE_SIZE)]
+        if len(first) + len(steps) > _RANGES_MAX:
             return False
-        ranges = np.full((len(steps) + 1, 2), PAGE_SIZE, np.uint64)
-        ranges[0, 0] = address
-        ranges[1:, 0] = steps
+        ranges = np.full((len(first) + len(steps), 2), PAGE_SIZE, np.uint64)
+        ranges[:, 0] = np.concatenate([first, steps])
         advised = _LIBC.syscall(
             ctypes.c_long(_SYS_PROCESS_MADVISE),
             ctypes.c_int(self._descriptors[0]),
