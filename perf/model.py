@@ -89,17 +89,24 @@ def fit(results: Results) -> Constants:
     zero = [s for s in saves if s.workload == "zero" and is_ours(s) and _one(s)]
     grid = [s for s in saves if s.workload == "grid" and is_ours(s)]
     alone = [s for s in grid if s.settings["depth"] == 1]
-    if not (fio and null and zero and len({s.settings["block_size"] for s in alone}) > 1):
+    fragmented = [s for s in saves if s.workload == "fragmented" and _one(s)]
+    bridged = [s for s in fragmented if is_ours(s)]
+    single = [s for s in fragmented if _is_unbridged(s)]
+    sizes = {s.settings["block_size"] for s in alone}
+    if not (fio and null and zero and bridged and single and len(sizes) > 1):
         raise StateError(
             "the model needs fio and one channel of the null engine over dense, one channel of "
-            "io_uring over zero, and grid with depth 1 at several block sizes"
+            "io_uring over zero, the same over fragmented, bridged and unbridged, and grid with "
+            "depth 1 at several block sizes"
         )
     latency, per_byte = _line(
         [(int(s.settings["block_size"]), s.completed_s / s.requests) for s in alone]
     )
-    # One channel and the same bytes in ever more requests: the line's slope is a request's.
-    bytes_cpu, request_cpu = _line([(s.requests, s.cpu_s) for s in grid])
     map_s = statistics.median(s.cpu_s / s.memory_bytes for s in null)
+    # The largest blocks in the longest queue: hardly any request, hardly any waking up.
+    most = max(_in_flight(s) for s in grid)
+    bulk = [s for s in grid if _in_flight(s) == most]
+    move_s = max(0.0, statistics.median(s.cpu_s / s.memory_bytes for s in bulk) - map_s)
     return Constants(
         device=max(
             statistics.median(s.moved_bytes / s.durable_s for s in fio if s.rival == name)
@@ -110,8 +117,8 @@ def fit(results: Results) -> Constants:
         map_s=map_s,
         python_s=statistics.median(s.user_s / s.memory_bytes for s in null),
         zero_s=statistics.median(s.cpu_s / s.memory_bytes for s in zero),
-        move_s=max(0.0, bytes_cpu / grid[0].memory_bytes - map_s),
-        request_cpu_s=max(request_cpu, 0.0),
+        move_s=move_s,
+        request_cpu_s=_request_cpu(bridged, single, move_s=move_s),
         fixed_s=statistics.median(_beside_pages(s) for s in saves if is_ours(s)),
         cores=os.cpu_count() or 1,
     )
@@ -142,14 +149,10 @@ def predict(constants: Constants, sample: Sample) -> tuple[float, str]:
 
 
 def points(results: Results, constants: Constants) -> list[Point]:
-    """Every rival that the model is of: our io_uring and null engines, no manifest, on the disk."""
+    """Every save that the model is of: our io_uring and null engines, no manifest, on the disk."""
     by_name: dict[str, list[Sample]] = {}
     for sample in counted(results.samples):
-        if (
-            (is_ours(sample) or _is_null(sample))
-            and sample.target == "disk"
-            and sample.kind == "save"
-        ):
+        if sample.target == "disk" and sample.kind == "save" and _is_modelled(sample):
             by_name.setdefault(f"{sample.workload}: {sample.rival}", []).append(sample)
     found = []
     for name, runs in by_name.items():
@@ -158,6 +161,7 @@ def points(results: Results, constants: Constants) -> list[Point]:
         fitted = _one(first) and (
             (first.workload == "dense" and _is_null(first))
             or (first.workload == "zero" and is_ours(first))
+            or (first.workload == "fragmented" and _is_unbridged(first))
             or (first.workload == "grid" and first.settings["depth"] == 1)
         )
         found.append(
@@ -207,8 +211,8 @@ def _constants_table(c: Constants) -> list[str]:
         ("map_s", f"{c.map_s * GiB:.3f} s/GiB", "null engine over dense, one channel"),
         ("python_s", f"{c.python_s * GiB:.3f} s/GiB", "its user part"),
         ("zero_s", f"{c.zero_s * GiB:.3f} s/GiB", "one channel over zero"),
-        ("move_s", f"{c.move_s * GiB:.3f} s/GiB", "grid: cpu of no request at all, less map_s"),
-        ("request_cpu_s", f"{c.request_cpu_s * 1e6:.0f} us", "grid: cpu by requests"),
+        ("move_s", f"{c.move_s * GiB:.3f} s/GiB", "grid, largest blocks and depth, less map_s"),
+        ("request_cpu_s", f"{c.request_cpu_s * 1e6:.1f} us", "fragmented, unbridged less bridged"),
         ("fixed_s", f"{c.fixed_s:.3f} s", "time accounts, what is not the channels'"),
         ("cores", str(c.cores), ""),
     ]  # fmt: skip
@@ -250,6 +254,32 @@ def _one(sample: Sample) -> bool:
 
 def _is_null(sample: Sample) -> bool:
     return sample.group == "twin" and sample.settings["engine"] == "null"
+
+
+def _is_unbridged(sample: Sample) -> bool:
+    return sample.group == "uringmig" and sample.settings["bridge"] == 0
+
+
+def _is_modelled(sample: Sample) -> bool:
+    return is_ours(sample) or _is_null(sample) or _is_unbridged(sample)
+
+
+def _in_flight(sample: Sample) -> int:
+    """Bytes a channel may have in flight."""
+    return int(sample.settings["depth"]) * int(sample.settings["block_size"])
+
+
+def _request_cpu(bridged: Sequence[Sample], single: Sequence[Sample], *, move_s: float) -> float:
+    """Processor time of a request of one page: bridged saves write twice the bytes in far fewer."""
+
+    def medians(samples: Sequence[Sample]) -> tuple[float, float]:
+        return (
+            statistics.median(s.cpu_s - move_s * s.moved_bytes for s in samples),
+            statistics.median(s.requests for s in samples),
+        )
+
+    (few_cpu, few), (many_cpu, many) = medians(bridged), medians(single)
+    return max(0.0, (many_cpu - few_cpu) / (many - few))
 
 
 def _beside_pages(sample: Sample) -> float:

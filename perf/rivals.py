@@ -23,7 +23,7 @@ from perf.child import Answer, Job
 from perf.observe import Costs, ProcessMemory, Watch
 from perf.workloads import GuestRam
 from uringmig.errors import HostError, PeerError
-from uringmig.options import PAGE_SIZE, DirectMode
+from uringmig.options import PAGE_SIZE, DirectMode, WriteOptions
 from uringmig.qemu.restore import load_into
 from uringmig.testing.machine import Machine
 from uringmig.units import KiB, MiB
@@ -35,6 +35,7 @@ Preparation = Literal["sized", "extended", "fallocated"]
 Group = Literal["uringmig", "twin", "qemu", "fio"]
 
 ROOT: Final = Path(__file__).parents[1]
+_BRIDGE: Final = WriteOptions().bridge
 #: Longer than any save here; for hangs.
 _PATIENCE_S: Final = 900.0
 #: Between two looks at QEMU's migration: an error of 2.5 ms on average, and hardly any processor.
@@ -122,11 +123,13 @@ class Ours:
         route: the RAM file alone, or a whole machine over QMP (route B).
         twin: an engine that has no disk: our own overhead alone.
         rate: limit in bytes a second, see `TransferOptions`.
+        bridge: shorter gaps are written through; 0 makes a request of every run of pages.
     """
 
     channels: int = 2
     depth: int = 8
     block_size: int = MiB
+    bridge: int = _BRIDGE
     engine: Literal["io_uring", "pwrite"] = "io_uring"
     direct: DirectMode = "preferred"
     manifest: bool = False
@@ -146,6 +149,7 @@ class Ours:
         """For example ``uringmig io_uring 2x8x1M``: channels, depth, block size."""
         words = ["uringmig", self.label or self.twin or self.engine]
         words.append(f"{self.channels}x{self.depth}x{size_name(self.block_size)}")
+        words += ["unbridged"] if not self.bridge else []
         words += ["+manifest"] if self.manifest else []
         words += ["buffered"] if self.direct == "off" else []
         return " ".join(words)
@@ -162,6 +166,7 @@ class Ours:
             "manifest": int(self.manifest),
             "route": self.route,
             "rate": self.rate,
+            "bridge": self.bridge,
         }
 
     def run(self, task: Task) -> Measured:
@@ -170,7 +175,7 @@ class Ours:
             "channels": self.channels,
             "depth": self.depth,
             "block_size": self.block_size,
-            "bridge": min(16 * KiB, self.block_size),
+            "bridge": min(self.bridge, self.block_size),
             "engine": self.engine,
             "direct": self.direct if task.direct else "off",
             "rate": self.rate,

@@ -71,11 +71,13 @@ def is_ours(sample: Sample) -> bool:
     settings = sample.settings
     return (
         sample.group == "uringmig"
+        and sample.kind == "save"
         and settings["engine"] == "io_uring"
         and settings["direct"] != "off"
         and settings["route"] == "file"
         and not settings["manifest"]
         and not settings["rate"]
+        and bool(settings["bridge"])
     )
 
 

@@ -147,8 +147,9 @@ def test_holes_that_somebody_allocated_are_made_anew(qemu: str, tmp_path: Path) 
 
 #: One or two of every kind, in every contest.
 EXAMPLES = (
-    "uringmig io_uring 2x8x1M", "uringmig io_uring 1x[14]x*4M", "uringmig io_uring 1x[14]x256K",
-    "uringmig memory*", "uringmig route-B*", "qemu plain", "qemu mapped-ram multifd x2 direct",
+    "uringmig io_uring 2x8x1M", "uringmig io_uring 1x16x1M*", "uringmig io_uring 1x[14]x*4M",
+    "uringmig io_uring 1x[14]x256K", "uringmig memory*", "uringmig null 1x16*",
+    "uringmig route-B*", "qemu plain", "qemu mapped-ram multifd x2 direct",
     "fio io_uring 1x16x1M sized", "uringmig load*", "uringmig reader 2x8*",
 )  # fmt: skip
 
@@ -199,6 +200,9 @@ def check_commands(out: Path, results: Results) -> None:
     shown = run_perf("table", str(out)).stdout
     assert f"seed {results.seed}" in shown
     assert "| save: fragmented 16.0 MiB, disk |" in shown
+    modelled = run_perf("model", str(out))
+    assert modelled.returncode == 0, modelled.stderr
+    assert "| fragmented: uringmig io_uring 2x8x1M | " in modelled.stdout
     suite = str(out / "pyperf.json")
     same = run_perf("compare", suite, suite)
     assert same.returncode == 0, same.stderr

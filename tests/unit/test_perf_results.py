@@ -43,7 +43,7 @@ def sample(rival: str, seconds: float, *, number: int = 1, **changes: object) ->
         settings={
             "channels": channels, "depth": depth, "block_size": MiB, "engine": "io_uring",
             "direct": 1 if rival.startswith("qemu") else "preferred", "route": "file",
-            "manifest": int("manifest" in rival), "rate": 0, "touched": 0,
+            "manifest": int("manifest" in rival), "rate": 0, "touched": 0, "bridge": 16384,
         },
         memory_bytes=GiB,
         nonzero_bytes=GiB,
