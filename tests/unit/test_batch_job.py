@@ -132,7 +132,7 @@ def test_names_of_entries() -> None:
         (ONE + "source = { qmp = 'x' }\nrate = 'fast'", "jobs[0].rate", "not a size: 'fast'"),
         (ONE + "source = { qmp = 'x' }\ndepth = 0", "jobs[0]", "depth must be from 1 to"),
         (ONE + "source = { qmp = 'x' }\nretries = -1", "jobs[0].retries", "a number from 0 to 100"),
-        (ONE + "source = { qmp = 'x' }\nlevel = 22", "jobs[0].level", "a number from 1 to 19"),
+        (ONE + "source = { qmp = 'x' }\nlevel = 23", "jobs[0].level", "a number from 1 to 22"),
         (
             ONE + "source = { qmp = 'x' }\ntier = 'cold'\ndedup = true",
             "jobs[0].dedup", 'only tier "hot" shares pages',

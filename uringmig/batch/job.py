@@ -14,7 +14,7 @@ from typing import Any, Final, Literal, get_args
 import msgspec
 
 from uringmig.errors import StateError
-from uringmig.options import DirectMode, EngineName, WriteOptions
+from uringmig.options import COLD_LEVEL, COLD_LEVEL_MAX, DirectMode, EngineName, WriteOptions
 from uringmig.units import MiB, parse_duration, parse_size
 
 Tier = Literal["hot", "cold"]
@@ -23,12 +23,12 @@ Tier = Literal["hot", "cold"]
 BYTES_MAX: Final = 16 * MiB
 JOBS_MAX: Final = 10_000
 RETRIES_MAX: Final = 100
-#: zstd's own range of levels that need no more memory than the default window does.
-LEVEL_MAX: Final = 19
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+:-]{0,127}")
 _FIELD: Final = re.compile(r"\{([^{}]*)\}|[{}]")
 _PLACE: Final = re.compile(r"(.*?)(?: - at `(?:key in )?\$\.?(.*?)(?: in `[^`]*`)?`)?")
 _DEFAULT_OPTIONS: Final = WriteOptions()
+#: Settings that a profile may replace where a job file does not give them.
+_TUNABLE: Final = ("channels", "depth", "block_size", "engine", "direct")
 
 
 class MemoryFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -77,6 +77,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         timeout_s: a try that takes longer is given up; 0 is no limit.
         rate: bytes per second; 0 is no limit.
         verify: read the new entry back from the disk and compare.
+        given: which of the settings from ``channels`` on the job file gives; the others are
+            defaults, which a profile of the archive's place may replace.
     """
 
     name: str
@@ -97,6 +99,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int
     engine: EngineName
     direct: DirectMode
+    bridge: int = _DEFAULT_OPTIONS.bridge
+    given: tuple[str, ...] = ()
 
     def options(self, *, rate: int) -> WriteOptions:
         """How its image is written, at a rate the device allows (0 is no limit)."""
@@ -106,6 +110,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
             block_size=self.block_size,
             engine=self.engine,
             direct=self.direct,
+            bridge=min(self.bridge, self.block_size),
             rate=min(filter(None, (self.rate, rate)), default=0),
         )
 
@@ -239,7 +244,7 @@ class _Parser:
     def job(self, table: _JobTable, place: str) -> Job:
         """Complete one job."""
         tier: Tier = self._one_of(self._given(table, "tier", "hot"), f"{place}.tier", Tier)
-        level = self._given(table, "level", 3)
+        level = self._given(table, "level", COLD_LEVEL)
         dedup = self._given(table, "dedup", False)
         if dedup and tier == "cold":
             raise self.refusal(
@@ -257,7 +262,7 @@ class _Parser:
             archive=self._absolute(archive),
             entry=self._template(self._given(table, "entry", "{name}-{time}"), f"{place}.entry"),
             tier=tier,
-            level=self._number(level, f"{place}.level", 1, LEVEL_MAX),
+            level=self._number(level, f"{place}.level", 1, COLD_LEVEL_MAX),
             dedup=dedup,
             retries=self._number(
                 self._given(table, "retries", 2), f"{place}.retries", 0, RETRIES_MAX
@@ -277,6 +282,7 @@ class _Parser:
             direct=self._one_of(
                 self._given(table, "direct", _DEFAULT_OPTIONS.direct), f"{place}.direct", DirectMode
             ),
+            given=tuple(name for name in _TUNABLE if self._given(table, name, None) is not None),
         )
         try:
             job.options(rate=0)

@@ -11,7 +11,7 @@ from typing import Annotated, Final
 
 import typer
 
-from uringmig.batch.job import parse_jobs
+from uringmig.batch.job import JobFile, parse_jobs
 from uringmig.batch.ledger import Ledger
 from uringmig.batch.metrics import MetricsFile
 from uringmig.batch.notify import Notifier
@@ -20,11 +20,13 @@ from uringmig.batch.pool import LocalPool, Pool
 from uringmig.batch.report import describe_run, write_report
 from uringmig.batch.runner import Run
 from uringmig.batch.state import Summary, Watcher
+from uringmig.batch.tuning import tune
 from uringmig.cli import parameters
 from uringmig.cli.archive_list import table_lines
 from uringmig.cli.batchview import Lines, LiveTable, ServiceStatus
 from uringmig.cli.jobfile import read_job_text
 from uringmig.cli.output import Output
+from uringmig.cli.profile import file_of_profiles
 from uringmig.cli.session import Session, session_of
 from uringmig.errors import StateError, StorageError
 from uringmig.signals import Interrupted
@@ -83,6 +85,8 @@ def run(
         Path | None,
         typer.Option("--report", metavar="DIR", help="Write a Markdown and a JSON report here."),
     ] = None,
+    profile: parameters.Profile = False,
+    profile_file: parameters.ProfileFile = None,
     json: parameters.Json = False,
     quiet: parameters.Quiet = False,
     verbose: parameters.Verbose = False,
@@ -93,6 +97,8 @@ def run(
     session.signals.hold()
     text = read_job_text(jobs)
     job_file = parse_jobs(text, path=str(jobs.absolute()))
+    if profile or profile_file is not None:
+        job_file = _tuned(job_file, session.output, profile_file)
     with ExitStack() as stack:
         ledger = stack.enter_context(
             Ledger(job_file, text=text, write=not dry_run, resume_within_s=resume_within)
@@ -109,6 +115,14 @@ def run(
     if summary.stopped_by is not None:
         raise Interrupted(summary.stopped_by)
     raise typer.Exit(max(summary.exit_code, session.output.exit_code))
+
+
+def _tuned(job_file: JobFile, output: Output, profile_file: Path | None) -> JobFile:
+    """Apply the profiles of the archives' places, and say where there is none."""
+    tuned, notes = tune(job_file, file_of_profiles(profile_file))
+    for note in notes:
+        output.note(note)
+    return tuned
 
 
 def _run(

@@ -18,6 +18,17 @@ Options = TypeVar("Options", bound=TransferOptions)
 _DEFAULT: Final = "DEFAULT"
 
 
+def file_of_profiles(file: Path | None) -> Path:
+    """The profile file to read: the one that was named, else where `bench` writes.
+
+    Raises:
+        StorageError: the named file is not there.
+    """
+    if file is not None and not file.exists():
+        raise StorageError("no such profile file", path=file, cure="`uringmig bench` writes one")
+    return file or default_file()
+
+
 def tuned(
     context: typer.Context, output: Output, options: Options, *, where: Path, file: Path | None
 ) -> Options:
@@ -34,9 +45,7 @@ def tuned(
         FormatError: the profile file is malformed.
         StorageError: it, or the folder, cannot be looked at; or the named file is not there.
     """
-    if file is not None and not file.exists():
-        raise StorageError("no such profile file", path=file, cure="`uringmig bench` writes one")
-    file = file or default_file()
+    file = file_of_profiles(file)
     settings = settings_for(where, file)
     if settings is None:
         output.note(
