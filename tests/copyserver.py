@@ -41,7 +41,10 @@ class CopyServer:
         self._process.wait()
 
     def start(self, **order: Any) -> int:
-        """Begin a copy: tier, source, out, journal; and step (die before that call) or rate."""
+        """Begin a copy: tier, source, out, journal; and step (die before that call) or rate.
+
+        Steps are counted from the first call named ``since``, if that is given.
+        """
         self._say(order)
         return int(self._hear())
 
@@ -59,8 +62,12 @@ class CopyServer:
         return self._process.stdout.readline()
 
 
-def _die_at(step: int) -> None:
-    """Make the process kill itself before its step-th call."""
+def _die_at(step: int, since: str | None) -> None:
+    """Make the process kill itself before its step-th call, counted from the first of a kind on.
+
+    How many calls the channels make before they have drained differs from run to run; from the
+    first ``rename`` on the calls are the same in each.
+    """
     lock = threading.Lock()
     made = 0
 
@@ -68,7 +75,7 @@ def _die_at(step: int) -> None:
         def wrapped(*args: Any, **named: Any) -> Any:
             nonlocal made
             with lock:
-                made += 1
+                made += bool(made) or since in (None, call.__name__)
                 if made == step:
                     os.kill(os.getpid(), signal.SIGKILL)
             return call(*args, **named)
@@ -101,7 +108,7 @@ def _copy(order: dict[str, Any]) -> None:
     engine = RING if order.get("rate") else PWRITE
     with MappedRamContents(order["source"]) as contents:
         if order.get("step"):
-            _die_at(order["step"])
+            _die_at(order["step"], order.get("since"))
         out, journal = Path(order["out"]), Path(order["journal"])
         if order["tier"] == "cold":
             write_cold(contents, out, options=options, resume=journal, engine=engine)

@@ -70,7 +70,7 @@ class Place:
         os.kill(pid, signal.SIGKILL)
         assert server.end() == -signal.SIGKILL
 
-    def order(self, **more: int) -> dict[str, str | int]:
+    def order(self, **more: str | int) -> dict[str, str | int]:
         paths = {"source": str(self.source), "out": str(self.out), "journal": str(self.journal)}
         return {"tier": self.tier, **paths, **more}
 
@@ -103,14 +103,29 @@ class Place:
 @TIERS
 def test_killed_at_every_single_step(tmp_path: Path, server: CopyServer, tier: Tier) -> None:
     place = Place(tmp_path, tier, ram_bytes=6 * MIB, dense=True)
+    steps, _, resumed = kill_at_every_step(place, server)
+    assert steps > 20
+    assert resumed, "never killed after a checkpoint"
+    place.clear()
+    _, published, _ = kill_at_every_step(place, server, since="rename")
+    assert published, "never killed between the rename and the end"
+
+
+def kill_at_every_step(place: Place, server: CopyServer, **since: str) -> tuple[int, int, int]:
+    """Kill a copy at its first call, another at its second, until one comes to its end.
+
+    Returns:
+        How many were killed, how many of them when the image had its name, and how many of the
+        next copies went on where the killed one had been.
+    """
     allowed = {"vm.partial", "vm.journal", "vm.manifest.json.partial"}
     step, published, resumed = 0, 0, 0
     while True:
         step += 1
-        server.start(**place.order(step=step))
+        server.start(**place.order(step=step, **since))
         code = server.end()
         if code == 0:
-            break
+            return step - 1, published, resumed
         assert code == -signal.SIGKILL
         if place.out.exists():
             published += 1
@@ -124,9 +139,6 @@ def test_killed_at_every_single_step(tmp_path: Path, server: CopyServer, tier: T
         assert left_in(place.archive) == ["vm", "vm.manifest.json"]
         place.check()
         place.clear()
-    assert step > 20
-    assert published, "never killed between the rename and the end"
-    assert resumed, "never killed after a checkpoint"
 
 
 @TIERS
