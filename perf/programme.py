@@ -99,11 +99,11 @@ def _memory_speed(target: TargetName, memory_bytes: int, rounds: int) -> Contest
 
 
 def _quick() -> list[Contest]:
-    """Under five minutes."""
+    """Under five minutes on a quiet machine."""
     of = WORKLOADS
     sparse: tuple[Rival, ...] = (*_BEST, Ours(twin="null"), _QEMU_DIRECT[1])
     return [
-        Contest("disk", of["dense"].resized(GiB), "save", _dense([4]), 3),
+        Contest("disk", of["dense"].resized(GiB), "save", _dense([4]), 2),
         Contest(
             "disk", of["grid"].resized(GiB // 2), "save",
             _grid([1, 4, 16], [256 * KiB, MiB, 4 * MiB]), 1,
@@ -111,7 +111,7 @@ def _quick() -> list[Contest]:
         Contest(
             "disk", of["fragmented"].resized(GiB // 2), "save", (*sparse, _UNBRIDGED, Qemu()), 2
         ),
-        Contest("disk", of["mixed"].resized(GiB), "save", sparse, 2),
+        Contest("disk", of["mixed"].resized(GiB), "save", sparse, 1),
         Contest("disk", of["zero"].resized(GiB), "save", sparse, 1),
         Contest("disk", of["idle"], "save", (*_BEST, _QEMU_DIRECT[1]), 1),
         Contest("disk", of["dense"].resized(GiB), "load", _LOADS, 2),
@@ -121,7 +121,7 @@ def _quick() -> list[Contest]:
 
 
 def _full() -> list[Contest]:
-    """Under forty minutes."""
+    """Under forty minutes on a quiet machine."""
     of = WORKLOADS
     qemu: tuple[Rival, ...] = (Qemu(), *_QEMU_DIRECT[1:])
     sparse: tuple[Rival, ...] = (*_BEST, Ours(manifest=True), _ROUTE_B, Ours(twin="null"), *qemu)

@@ -53,6 +53,10 @@ def verdicts(results: Results) -> list[Verdict]:
             _ratio(_rounds(results, "fragmented"), is_ours, _group("qemu")), 8.0, " x",
         ),
         *_at_least(
+            "fragmented: at least 8 x QEMU's best with multifd and direct-io",
+            _ratio(_rounds(results, "fragmented"), is_ours, _is_direct_qemu), 8.0, " x",
+        ),
+        *_at_least(
             "idle, fresh: at least 10 x QEMU's best",
             _ratio(_rounds(results, "idle"), is_ours, _group("qemu")), 10.0, " x",
         ),
@@ -83,6 +87,10 @@ def is_ours(sample: Sample) -> bool:
 
 def _is_one_channel(sample: Sample) -> bool:
     return is_ours(sample) and sample.settings["channels"] == 1
+
+
+def _is_direct_qemu(sample: Sample) -> bool:
+    return sample.group == "qemu" and sample.settings["direct"] == 1
 
 
 def _group(name: str) -> Choice:
