@@ -29,7 +29,7 @@ from uringmig.errors import UringmigError
 from uringmig.options import PAGE_SIZE
 
 #: How long the processors may take to become idle before a run; then it begins all the same.
-SETTLE_S: Final = 2.0
+SETTLE_S: Final = 1.0
 
 
 class RivalFailed(UringmigError):
