@@ -92,7 +92,8 @@ def read(stream: bytes, *, file: bool, step: int) -> list[Event]:
             if reader.finished:
                 break
             reader.feed(data)
-            if reader.waiting_for_description:
+            # Of a file the reader finds it by itself, when all of the stream is there.
+            if reader.waiting_for_description and not file:
                 description = reader.find_description()
                 if description is not None:
                     reader.set_description(description)
