@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from uringmig.iobatch import IoPlan
-from uringmig.options import PAGE_SIZE
+from uringmig.options import PAGE_SIZE, SPAN_BYTES, WINDOW_BYTES
 from uringmig.pages.runs import PageRuns, bits_from_runs, runs_from_bits
-from uringmig.units import div_ceil
+from uringmig.units import align_down, div_ceil
+
+_SPANS_PER_CHANNEL: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,17 @@ def windows_of(page_counts: Sequence[int], *, window_pages: int) -> list[Window]
         for block_index, page_count in enumerate(page_counts)
         for first in range(0, page_count, window_pages)
     ]
+
+
+def span_pages(page_count: int, *, channels: int) -> int:
+    """Say how many pages a channel is to take at a time, of a guest of ``page_count`` pages.
+
+    As many as `SPAN_BYTES`, unless that leaves a channel fewer than `_SPANS_PER_CHANNEL` turns to
+    even out what others were slower at; always whole windows, so that none is shared.
+    """
+    window_pages = WINDOW_BYTES // PAGE_SIZE
+    fair = page_count // (channels * _SPANS_PER_CHANNEL)
+    return max(align_down(min(fair, SPAN_BYTES // PAGE_SIZE), window_pages), window_pages)
 
 
 def bridge_gaps(

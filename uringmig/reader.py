@@ -24,18 +24,16 @@ from uringmig.image import ParsedImage, parse_image, read_bitmap
 from uringmig.iobatch import IoPlan
 from uringmig.memory.array import BufferMemory
 from uringmig.memory.source import MemorySink
-from uringmig.options import PAGE_SIZE, WINDOW_BYTES, ReadOptions
+from uringmig.options import PAGE_SIZE, ReadOptions
 from uringmig.pages import bitmap
 from uringmig.pages.runs import runs_from_bits
-from uringmig.plan import Window, bridge_gaps, gap_pages, plan_runs, windows_of
+from uringmig.plan import Window, bridge_gaps, gap_pages, plan_runs, span_pages, windows_of
 from uringmig.progress import ChannelCounters, Phase, ProgressCallback, Snapshot, take_snapshot
 from uringmig.storage.choice import EngineChoice, choose_engine
 from uringmig.storage.directfile import open_direct
 from uringmig.storage.engine import Operation
 from uringmig.storage.mainfile import open_for_reading
 from uringmig.units import is_aligned
-
-_WINDOW_PAGES = WINDOW_BYTES // PAGE_SIZE
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,10 +176,11 @@ class MappedRamReader:
             raise StateError(
                 f"a buffer of {sink.length_bytes} bytes for {length} bytes of {idstr!r}"
             )
-        first = start // PAGE_SIZE
+        first, page_count = start // PAGE_SIZE, length // PAGE_SIZE
+        span = span_pages(page_count, channels=self._options.channels)
         windows = [
             Window(number, first + window.first_page, window.page_count)
-            for window in windows_of([length // PAGE_SIZE], window_pages=_WINDOW_PAGES)
+            for window in windows_of([page_count], window_pages=span)
         ]
         packed = self._bitmaps[number]
         shared = self.channel_file(bounce_for=sink.address)

@@ -6,7 +6,7 @@ host allocate it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from uringmig import digest
 from uringmig.format.layout import BlockLayout
 from uringmig.iobatch import IoPlan
-from uringmig.memory.source import MemorySource
+from uringmig.memory.source import Extents, MemorySource
 from uringmig.options import PAGE_SIZE, WINDOW_BYTES, WriteOptions
 from uringmig.pages import bitmap
 from uringmig.pages.runs import runs_from_bits
@@ -50,20 +50,9 @@ class SavedBlock:
         windows = div_ceil(self.layout.used_length, WINDOW_BYTES)
         self.digests = np.zeros((windows, digest.DIGEST_BYTES), np.uint8)
 
-
-@dataclass(frozen=True, slots=True)
-class _Look:
-    """What one look at a window found: its data extents, in bytes from its start."""
-
-    start: list[int]
-    length: list[int]
-
-    def page_bits(self, page_count: int) -> NDArray[np.bool_]:
-        """Which of the window's pages are not holes."""
-        bits = np.zeros(page_count, np.bool_)
-        for start, length in zip(self.start, self.length, strict=True):
-            bits[start // PAGE_SIZE : (start + length) // PAGE_SIZE] = True
-        return bits
+    def put_digest(self, start: int, value: bytes) -> None:
+        """Keep the digest of the memory from ``start`` on, a multiple of `WINDOW_BYTES`."""
+        self.digests[start // WINDOW_BYTES] = np.frombuffer(value, np.uint8)
 
 
 class SaveWork:
@@ -76,21 +65,25 @@ class SaveWork:
         self._blocks = blocks
         self._options = options
         self._counters = counters
-        self._look: _Look | None = None
+        self._data: Extents | None = None
         # Should the engine fail with requests in flight, this keeps their memory mapped.
         self._views = [block.memory.view for block in blocks]
 
     def plan(self, window: Window) -> IoPlan:
         """Scan the window, store its bits, and plan the writes of its data."""
         block = self._blocks[window.block_index]
-        look = self._look = _look_at(block, window)
+        data = self._data = block.memory.data_extents(
+            start=window.start_bytes, length=window.length_bytes
+        )
         bits = np.zeros(window.page_count, np.bool_)
-        for start, length in zip(look.start, look.length, strict=True):
-            first, count = start // PAGE_SIZE, length // PAGE_SIZE
-            at = window.start_bytes + start
-            block.memory.prefault(start=at, length=length)
-            bits[first : first + count] = nonzero_pages(block.memory.view[at : at + length])
-        wanted, bridgeable = bits, look.page_bits(window.page_count)
+        not_holes = np.zeros(window.page_count, np.bool_)
+        for start, length in zip(data.start.tolist(), data.length.tolist(), strict=True):
+            first = start // PAGE_SIZE - window.first_page
+            pages = slice(first, first + length // PAGE_SIZE)
+            block.memory.prefault(start=start, length=length)
+            bits[pages] = nonzero_pages(block.memory.view[start : start + length])
+            not_holes[pages] = True
+        wanted, bridgeable = bits, not_holes
         considered = window.page_count
         if block.dense:
             wanted = bridgeable
@@ -121,17 +114,10 @@ class SaveWork:
         """Digest the window while it is still in the cache and the device has work."""
         if not self._options.manifest:
             return
-        block, look = self._blocks[window.block_index], self._look
-        assert look is not None, "submitted() follows plan()"
-        memory = block.memory.view[window.start_bytes : window.start_bytes + window.length_bytes]
-        if not look.start:
-            value = digest.zero_digest(window.length_bytes)
-        elif look.length[0] == window.length_bytes:
-            value = digest.window_digest(memory)
-        else:
-            value = digest.sparse_digest(memory, look.start, look.length)
-        row = window.start_bytes // WINDOW_BYTES
-        block.digests[row] = np.frombuffer(value, np.uint8)
+        block, data = self._blocks[window.block_index], self._data
+        assert data is not None, "submitted() follows plan()"
+        for start, length in _rows(window):
+            block.put_digest(start, _digest_of(block.memory, data, start, length))
 
     def finished(self, window: Window) -> None:
         """Nothing: the pages are where they belong."""
@@ -161,14 +147,24 @@ def skip_holes(
         counters.scanned_bytes += window.length_bytes
         counters.zero_bytes += window.length_bytes
         counters.finished_bytes += window.length_bytes
-        zero = digest.zero_digest(window.length_bytes)
-        block.digests[start // WINDOW_BYTES] = np.frombuffer(zero, np.uint8)
+        for row, length in _rows(window):
+            block.put_digest(row, digest.zero_digest(length))
     return kept
 
 
-def _look_at(block: SavedBlock, window: Window) -> _Look:
-    """Ask which parts of the window hold data, without reading any."""
-    extents = block.memory.data_extents(start=window.start_bytes, length=window.length_bytes)
-    starts = [start - window.start_bytes for start in extents.start.tolist()]
-    lengths = extents.length.tolist()
-    return _Look(starts, lengths)
+def _rows(window: Window) -> Iterator[tuple[int, int]]:
+    """Start, in its block, and length of each piece of a window that has a digest of its own."""
+    end = window.start_bytes + window.length_bytes
+    for start in range(window.start_bytes, end, WINDOW_BYTES):
+        yield start, min(WINDOW_BYTES, end - start)
+
+
+def _digest_of(memory: MemorySource, data: Extents, start: int, length: int) -> bytes:
+    """Digest ``length`` bytes from ``start`` on, of which only ``data`` may be read."""
+    data = data.clip(start=start, length=length)
+    if not len(data):
+        return digest.zero_digest(length)
+    piece = memory.view[start : start + length]
+    if data.total_bytes == length:
+        return digest.window_digest(piece)
+    return digest.sparse_digest(piece, (data.start - start).tolist(), data.length.tolist())

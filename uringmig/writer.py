@@ -30,7 +30,7 @@ from uringmig.memory.array import BufferMemory
 from uringmig.memory.source import MemorySource
 from uringmig.options import PAGE_SIZE, WINDOW_BYTES, WriteOptions
 from uringmig.pages import bitmap
-from uringmig.plan import Window, windows_of
+from uringmig.plan import Window, span_pages, windows_of
 from uringmig.progress import (
     ChannelCounters,
     Phase,
@@ -235,7 +235,8 @@ class MappedRamWriter:
         for block in self._blocks:
             block.selected = np.full_like(block.bitmap, 0xFF) if again else None
         counts = [block.layout.page_count for block in self._blocks]
-        windows = windows_of(counts, window_pages=_WINDOW_PAGES)
+        span = span_pages(sum(counts), channels=self._options.channels)
+        windows = windows_of(counts, window_pages=span)
         yield from self._round(windows, first=not again)
         self._all_written = True
 

@@ -130,6 +130,7 @@ def test_begun_anew_when_the_run_is_old_or_the_job_file_another(
         job("b", f"image = '{sources}/b.mig'", rate="4M"),
     )
     for options, change in ((("--resume-within", "0"), ""), ((), "# another\n")):
+        time.sleep(1.1)  # runs of one second have the same entries, and would skip them
         process = start_jobs(path)
         first_event(process, "job", job="a", stage="done")
         first_event(process, "progress", job="b", phase="write")

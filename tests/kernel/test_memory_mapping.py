@@ -151,9 +151,23 @@ def test_extents_asked_by_two_threads(memfd: int) -> None:
             assert found == [page for page in data if first <= page < first + 64]
 
 
-def test_a_dense_file_is_asked_once(monkeypatch: pytest.MonkeyPatch, memfd: int) -> None:
+@pytest.mark.parametrize(
+    ("data_bytes", "expected"),
+    [
+        pytest.param(16 << 20, [], id="full"),  # its blocks tell that it has no hole
+        pytest.param(
+            (16 << 20) - PAGE,
+            [(0, os.SEEK_DATA), (0, os.SEEK_HOLE), ((16 << 20) - PAGE, os.SEEK_DATA)],
+            id="hole at end",
+        ),
+    ],
+)
+def test_data_is_asked_for_once_at_most(
+    monkeypatch: pytest.MonkeyPatch, memfd: int, data_bytes: int, expected: list[tuple[int, int]]
+) -> None:
     """SEEK_HOLE walks to the end of the data: asked for each window it would be quadratic."""
-    os.pwrite(memfd, b"\x01" * (16 << 20), 0)
+    assert os.fstat(memfd).st_size == 16 << 20
+    os.pwrite(memfd, b"\x01" * data_bytes, 0)
     memory = FileMemory(memfd)
     calls = []
     real_lseek = os.lseek
@@ -165,8 +179,9 @@ def test_a_dense_file_is_asked_once(monkeypatch: pytest.MonkeyPatch, memfd: int)
     monkeypatch.setattr(os, "lseek", counting_lseek)
     for start in range(0, 16 << 20, 1 << 20):
         extents = memory.data_extents(start=start, length=1 << 20)
-        assert (extents.start.tolist(), extents.length.tolist()) == ([start], [1 << 20])
-    assert calls == [(0, os.SEEK_DATA), (0, os.SEEK_HOLE)]
+        length = min(1 << 20, data_bytes - start)
+        assert (extents.start.tolist(), extents.length.tolist()) == ([start], [length])
+    assert calls == expected
 
 
 def test_prefault_maps_data_in_and_allocates_nothing(memfd: int) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import mmap
 import os
+from contextlib import closing
 from pathlib import Path
 
 import imagewriter
 import numpy as np
 import pytest
+import xxhash
 from imagereader import read_image
 from smallguests import (
     MIB,
@@ -227,6 +229,32 @@ def test_holes_of_the_guest_are_zero_and_stay_holes(tmp_path: Path) -> None:
     assert read_image(tmp_path / "vm").blocks[0].bits == (0, 5000, 16383)
     assert (tmp_path / "vm").stat().st_blocks * 512 < MIB
     assert not verify(tmp_path / "vm").mismatches
+
+
+def test_each_window_of_a_span_has_its_own_digest(tmp_path: Path) -> None:
+    """A channel takes four windows at a time here: full, hole, two that data and hole share."""
+    length, window = 64 * MIB, 4 * MIB
+    contents = np.zeros(length, np.uint8)
+    fd = create_memfd("ram", length)
+    try:
+        for first, limit in [(0, window), (2 * window + 3 * PAGE, 3 * window + 5 * PAGE)]:
+            contents[first:limit] = np.resize(np.arange(1, 252), limit - first)
+            os.pwrite(fd, contents[first:limit].data, first)
+        with (
+            closing(FileMemory(fd)) as memory,
+            MappedRamWriter(
+                tmp_path / "vm", [RamBlock("ram", memory)], options=WriteOptions(channels=1)
+            ) as writer,
+        ):
+            writer.write_all()
+            writer.finish()
+    finally:
+        os.close(fd)
+    said = json.loads((tmp_path / "vm.manifest.json").read_text())
+    assert said["blocks"][0]["digests"] == [
+        xxhash.xxh3_128_hexdigest(contents[at : at + window].data)
+        for at in range(0, length, window)
+    ]
 
 
 def test_machine_and_devices_of_another_image_are_carried_over(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from strategies import page_bits
 
 from uringmig.iobatch import IoPlan
 from uringmig.pages.runs import PageRuns, runs_from_bits
-from uringmig.plan import Window, bridge_gaps, gap_pages, plan_runs, windows_of
+from uringmig.plan import Window, bridge_gaps, gap_pages, plan_runs, span_pages, windows_of
+from uringmig.units import KiB, MiB
 
 PAGE = 4096
 
@@ -170,6 +171,24 @@ def test_windows_cover_every_page_once_in_order(page_counts: list[int], window_p
     ]
     assert all(0 < window.page_count <= window_pages for window in windows)
     assert all(window.first_page % window_pages == 0 for window in windows)
+
+
+@pytest.mark.parametrize(
+    ("guest", "channels", "span"),
+    [
+        (4 * KiB, 1, 4 * MiB),
+        (16 * MiB, 2, 4 * MiB),
+        (64 * MiB, 1, 16 * MiB),
+        (64 * MiB, 2, 8 * MiB),
+        (60 * MiB, 2, 4 * MiB),
+        (64 * MiB, 255, 4 * MiB),
+        (1 << 40, 8, 16 * MiB),
+    ],
+)
+def test_span_is_whole_windows_and_leaves_every_channel_its_turns(
+    guest: int, channels: int, span: int
+) -> None:
+    assert span_pages(guest // PAGE, channels=channels) * PAGE == span
 
 
 def test_window_in_bytes() -> None:

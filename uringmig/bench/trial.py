@@ -20,8 +20,8 @@ from uringmig.channel import ChannelFile, run_round
 from uringmig.errors import StorageError
 from uringmig.format.layout import ImageLayout, plan_layout
 from uringmig.memory.array import BufferMemory
-from uringmig.options import PAGE_SIZE, WINDOW_BYTES, WriteOptions
-from uringmig.plan import windows_of
+from uringmig.options import PAGE_SIZE, WriteOptions
+from uringmig.plan import span_pages, windows_of
 from uringmig.progress import ChannelCounters
 from uringmig.scan import SavedBlock, SaveWork
 from uringmig.storage.buffers import aligned_buffer
@@ -38,7 +38,6 @@ Preparation = Literal["sized", "extending", "fallocated"]
 
 #: The memory that is written, over and over: larger than a cache, small beside any guest.
 MEMORY_BYTES: Final = 64 * MiB
-_WINDOW_PAGES: Final = WINDOW_BYTES // PAGE_SIZE
 #: Packed bits of every other page, the first one included.
 _EVERY_OTHER: Final = 0x55
 
@@ -99,6 +98,7 @@ class Workbench:
             StorageError: for example ENOSPC, or O_DIRECT is required and cannot be had.
         """
         blocks, layout = self._lay_out(length_bytes, every_other=trial.every_other)
+        counts = [block.layout.page_count for block in blocks]
         counters = [ChannelCounters() for _ in range(trial.options.channels)]
         with nameless_file(self._folder) as main, self._pages_of(main, trial.options) as file:
             shared = ChannelFile(
@@ -113,7 +113,7 @@ class Workbench:
             _prepare(main, trial.preparation, layout.trailer_offset)
             channels = run_round(
                 shared,
-                windows_of([b.layout.page_count for b in blocks], window_pages=_WINDOW_PAGES),
+                windows_of(counts, window_pages=span_pages(sum(counts), channels=len(counters))),
                 lambda counter: SaveWork(blocks, trial.options, counter),
                 counters,
             )

@@ -24,8 +24,11 @@ from uringmig.memory.source import Extents, check_range
 from uringmig.options import PAGE_SIZE
 from uringmig.units import KiB, align_down, align_up, is_aligned
 
-#: HUGETLBFS_MAGIC, include/uapi/linux/magic.h.
+#: HUGETLBFS_MAGIC and TMPFS_MAGIC, include/uapi/linux/magic.h; memfd is of one or the other.
 _HUGETLBFS_MAGIC: Final = 0x958458F6
+_TMPFS_MAGIC: Final = 0x01021994
+#: Unit of st_blocks, stat(2).
+_STAT_BLOCK_BYTES: Final = 512
 #: include/uapi/asm-generic/mman.h; the mmap module has no name for it in Python 3.11.
 _MAP_NORESERVE: Final = 0x4000
 #: How much of a huge page is looked at in one go for a nonzero byte; fits the L2 cache.
@@ -65,10 +68,12 @@ class FileMemory:
         self._view: NDArray[np.uint8] | None = None
         # A range of offsets last seen to be data. SEEK_HOLE walks the page cache to the end of the
         # extent (7 ms a GiB): asked anew for each window, a dense guest would cost hours.
-        self._known_data = (0, 0)
+        self._known_data: tuple[int, int] | None = None
         self._fd = self._open(file, writable)
         try:
-            self._huge_page_bytes = _huge_page_bytes(self._fd)
+            file_system, block_bytes = _file_system(self._fd)
+            self._tmpfs = file_system == _TMPFS_MAGIC
+            self._huge_page_bytes = block_bytes if file_system == _HUGETLBFS_MAGIC else 0
             self.length_bytes = self._checked_length(offset, length)
             self._offset = offset
             self._view = self._map(writable)
@@ -184,6 +189,8 @@ class FileMemory:
 
     def _data_ranges(self, first: int, limit: int) -> list[tuple[int, int]]:
         """Ask SEEK_DATA and SEEK_HOLE; file offsets, rounded outwards to pages."""
+        if self._known_data is None:
+            self._known_data = self._everything()
         ranges = []
         position = first
         while position < limit:
@@ -206,10 +213,19 @@ class FileMemory:
             position = max(range_limit, range_first)
         return ranges
 
+    def _everything(self) -> tuple[int, int]:
+        """Say that all of the file is data, if its blocks tell; else an empty range.
+
+        Only tmpfs counts nothing but its pages; other file systems count what they need themselves.
+        """
+        status = os.fstat(self._fd)
+        full = status.st_blocks * _STAT_BLOCK_BYTES == align_up(status.st_size, PAGE_SIZE)
+        return (0, status.st_size) if self._tmpfs and full else (0, 0)
+
     def _nonzero_ranges(self, first: int, limit: int) -> list[tuple[int, int]]:
         """Read, which allocates nothing, until each huge page shows a nonzero byte or ends."""
         status = os.fstat(self._fd)
-        if status.st_blocks * 512 >= status.st_size:
+        if status.st_blocks * _STAT_BLOCK_BYTES >= status.st_size:
             return [(first, limit)]  # Fully populated: no hole to be wary of.
         buffer = memoryview(bytearray(_PROBE_BYTES))
         ranges = []
@@ -282,10 +298,10 @@ def create_memfd(name: str, length: int, *, hugetlb: bool = False) -> int:
     return fd
 
 
-def _huge_page_bytes(fd: int) -> int:
-    """Give the huge page size of a hugetlbfs file, and 0 for any other."""
+def _file_system(fd: int) -> tuple[int, int]:
+    """Give the type of a file's file system and its block size, on hugetlbfs a huge page."""
     # struct statfs begins with f_type and f_bsize, both long, and is shorter than 256 bytes.
     status = (ctypes.c_long * 32)()
     if _LIBC.fstatfs(fd, status) != 0:
         raise StorageError("fstatfs failed", errno=ctypes.get_errno())
-    return status[1] if status[0] == _HUGETLBFS_MAGIC else 0
+    return status[0], status[1]

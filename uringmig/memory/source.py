@@ -68,6 +68,13 @@ class Extents:
         """Bytes in all ranges together."""
         return int(self.length.sum())
 
+    def clip(self, *, start: int, length: int) -> Extents:
+        """Keep what lies in ``length`` bytes from ``start`` on; offsets stay the same."""
+        first = np.maximum(self.start, start)
+        end = np.minimum(self.start + self.length, start + length)
+        kept = first < end
+        return Extents(first[kept], (end - first)[kept])
+
 
 @runtime_checkable
 class MemorySource(Protocol):
