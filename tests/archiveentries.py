@@ -11,6 +11,7 @@ from typing import Any
 from smallguests import MIB, OPTIONS, PWRITE, Memories, make_guest, ramblocks_of
 
 from uringmig import MappedRamReader, MappedRamWriter, digest, manifest
+from uringmig.archive.catalogue import Damage
 from uringmig.archive.cold import open_cold, write_cold
 from uringmig.archive.directory import Archive
 from uringmig.archive.entry import Entry
@@ -64,6 +65,11 @@ def add_entry(
     image = archive.place(name, "hot").image
     publish_hot_image(image, make_guest(seed, ram_bytes=ram_bytes), **fields)
     return archive.add(image)
+
+
+def put_damage(archive: Archive, name: str, *damaged: Damage) -> None:
+    """Let places of an entry be known to be damaged, as a verification does."""
+    archive.catalogue.note_checked(name, cursor=0, verified_at=None, good=(), damaged=damaged)
 
 
 def add_cold_entry(

@@ -137,12 +137,6 @@ class ColdManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     archive: ArchiveFields
 
 
-class _AnyFormat(msgspec.Struct):
-    """What tells the two kinds of manifest apart."""
-
-    format: str
-
-
 ArchiveManifest = Manifest | ColdManifest
 _Struct = TypeVar("_Struct", bound=msgspec.Struct)
 _Manifest = TypeVar("_Manifest", Manifest, ColdManifest)
@@ -169,16 +163,6 @@ def decode_cold(data: bytes) -> ColdManifest:
         FormatError: as for `decode`.
     """
     return _checked(_structure(data, ColdManifest), COLD_FORMAT)
-
-
-def decode_any(data: bytes) -> ArchiveManifest:
-    """Read the manifest of an image of either tier.
-
-    Raises:
-        FormatError: as for `decode`.
-    """
-    cold = _structure(data, _AnyFormat).format == COLD_FORMAT
-    return decode_cold(data) if cold else decode(data)
 
 
 def _structure(data: bytes, kind: type[_Struct]) -> _Struct:

@@ -96,11 +96,6 @@ class Transfer:
         return int(np.count_nonzero(self._issued))
 
     @property
-    def tags_unfinished(self) -> int:
-        """Tags with a request that has not ended."""
-        return len(self._unfinished)
-
-    @property
     def retries(self) -> int:
         """Most attempts in a row that any request waiting to go again has made; 0 if none has."""
         return max((int(self._tries[slot]) for slot in self._resume), default=0)

@@ -9,7 +9,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from archiveentries import add_entry
+from archiveentries import add_entry, put_damage
 
 from uringmig.archive.catalogue import Damage
 from uringmig.archive.directory import Archive, reindex
@@ -25,7 +25,7 @@ def folder(tmp_path: Path) -> Path:
     with Archive.open(tmp_path / "a", write=True) as archive:
         for number in range(3):
             add_entry(archive, f"e{number}", ram_bytes=256 << 10)
-        archive.catalogue.put_damage("e1", [Damage(0, "chunk 0 differs", AT)])
+        put_damage(archive, "e1", Damage(0, "chunk 0 differs", AT))
     return tmp_path / "a"
 
 
@@ -141,7 +141,7 @@ def test_catalogue_held_for_too_long_is_told(folder: Path, monkeypatch: pytest.M
         with Archive.open(folder, write=False) as archive:
             assert len(archive.entries()) == 3, "readers go on"
             with pytest.raises(StorageError, match="held by another process"):
-                archive.catalogue.put_damage("e0", [Damage(1, "x", AT)])
+                put_damage(archive, "e0", Damage(1, "x", AT))
         other.execute("ROLLBACK")
 
 
@@ -165,7 +165,7 @@ def test_full_disk_is_told_and_changes_nothing(full_disk: Archive) -> None:
     before = full_disk.entries()
     many = [Damage(number, "x" * 1000, AT) for number in range(1000)]
     with pytest.raises(StorageError, match="full"):
-        full_disk.catalogue.put_damage("e0", many)
+        put_damage(full_disk, "e0", *many)
     assert full_disk.entries() == before
 
 
@@ -174,7 +174,7 @@ def test_log_of_a_killed_writer_is_played_in_and_never_into_a_new_catalogue(fold
     with closing(sqlite3.connect(path, isolation_level=None)) as holder:
         holder.execute("SELECT * FROM entries").fetchall()  # keeps the log from going away
         with Archive.open(folder, write=False) as archive:
-            archive.catalogue.put_damage("e0", [Damage(7, "seen late", AT)])
+            put_damage(archive, "e0", Damage(7, "seen late", AT))
         log = Path(f"{path}-wal").read_bytes()
         state = path.read_bytes()
     assert log

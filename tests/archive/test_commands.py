@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from archiveentries import add_entry
+from archiveentries import add_entry, put_damage
 from commandline import uringmig
 from smallguests import left_in
 
@@ -48,7 +48,7 @@ def test_empty_and_missing_archives(tmp_path: Path) -> None:
 def test_show_tells_where_an_entry_is_damaged(folder: Path) -> None:
     with Archive.open(folder, write=True) as archive:
         at = "2026-02-01T00:00:00+00:00"
-        archive.catalogue.put_damage("db1", [Damage(1, "ramblock 'pc.ram': chunk 1 differs", at)])
+        put_damage(archive, "db1", Damage(1, "ramblock 'pc.ram': chunk 1 differs", at))
     done = uringmig("archive", "show", folder, "db1")
     assert done.code == 0
     assert "source    mapped-ram /var/web1.mig" in done.out

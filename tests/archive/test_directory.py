@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from archiveentries import add_entry, publish_hot_image
+from archiveentries import add_entry, publish_hot_image, put_damage
 from smallguests import left_in, make_guest
 
 from uringmig.archive.catalogue import Damage
@@ -69,7 +69,7 @@ def test_entries_are_in_the_order_they_were_made(archive: Archive) -> None:
 def test_damaged_entry_is_not_the_latest(archive: Archive) -> None:
     add_entry(archive, "a", created="2026-01-01T00:00:00+00:00")
     add_entry(archive, "b", created="2026-01-02T00:00:00+00:00")
-    archive.catalogue.put_damage("b", [Damage(3, "chunk 3 differs", "2026-01-03T00:00:00+00:00")])
+    put_damage(archive, "b", Damage(3, "chunk 3 differs", "2026-01-03T00:00:00+00:00"))
     assert archive.find("b").condition == "damaged"
     newest = archive.latest_of("web1")
     assert newest is not None

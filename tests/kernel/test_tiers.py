@@ -28,7 +28,7 @@ from uringmig.archive.tier import EntryLabel, TierResult
 from uringmig.contents.mappedram import MappedRamContents
 from uringmig.contents.plainfile import PlainFileContents
 from uringmig.contents.streaming import plain_pieces
-from uringmig.manifest import ArchiveFields, ColdManifest, decode, decode_any, decode_cold
+from uringmig.manifest import ArchiveFields, ColdManifest, decode, decode_cold
 from uringmig.storage.choice import EngineChoice
 
 ENGINES = pytest.mark.parametrize("engine", [PWRITE, RING], ids=lambda choice: choice.name)
@@ -82,7 +82,6 @@ def test_cold_and_back(tmp_path: Path, engine: EngineChoice) -> None:
     assert (tmp_path / "back.mig").read_bytes() == (tmp_path / "a.mig").read_bytes()
     described = decode_cold((tmp_path / "a.cold.manifest.json").read_bytes())
     assert described == cold.manifest
-    assert described == decode_any((tmp_path / "a.cold.manifest.json").read_bytes())
     assert described.file_size == (tmp_path / "a.cold").stat().st_size
     fields = described.archive
     assert (fields.name, fields.vm, fields.host, fields.tier) == ("a-1", "a", "here", "cold")

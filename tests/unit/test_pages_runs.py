@@ -9,17 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from strategies import Pairs, page_bits, run_pairs
 
-from uringmig.pages.runs import (
-    PageRuns,
-    bits_from_runs,
-    bridge,
-    clip,
-    complement,
-    runs_from_bits,
-    runs_from_index,
-    shift,
-    union,
-)
+from uringmig.pages.runs import PageRuns, bits_from_runs, runs_from_bits
 
 
 def make_runs(pairs: Pairs) -> PageRuns:
@@ -54,7 +44,6 @@ def slow_runs(pages: set[int]) -> Pairs:
 def test_from_bits(bits: NDArray[np.bool_]) -> None:
     runs = runs_from_bits(bits)
     assert pairs_of(runs) == slow_runs({page for page, bit in enumerate(bits.tolist()) if bit})
-    assert runs.total_pages == int(bits.sum())
     assert len(runs) == len(runs.first_page)
 
 
@@ -79,117 +68,6 @@ def test_to_bits(pairs: Pairs, spare: int) -> None:
 def test_to_bits_refuses_a_run_past_the_end() -> None:
     with pytest.raises(AssertionError):
         bits_from_runs(make_runs([(6, 4)]), page_count=9)
-
-
-@given(st.lists(st.integers(0, 300), max_size=80))
-def test_from_index(pages: list[int]) -> None:
-    """Any order, any number of times."""
-    assert pairs_of(runs_from_index(np.array(pages, np.int64))) == slow_runs(set(pages))
-
-
-def test_from_index_of_other_integer_types() -> None:
-    assert pairs_of(runs_from_index(np.array([5, 4, 9], np.uint32))) == [(4, 2), (9, 1)]
-
-
-@given(run_pairs(), st.integers(0, 15))
-def test_bridge(pairs: Pairs, gap_pages: int) -> None:
-    expected: Pairs = []
-    for first, count in pairs:
-        if expected and first - sum(expected[-1]) < gap_pages:
-            expected[-1] = (expected[-1][0], first + count - expected[-1][0])
-        else:
-            expected.append((first, count))
-    assert pairs_of(bridge(make_runs(pairs), gap_pages=gap_pages)) == expected
-
-
-@pytest.mark.parametrize(
-    ("gap_pages", "expected"),
-    [
-        (0, [(0, 1), (2, 1), (6, 2), (12, 1)]),
-        (1, [(0, 1), (2, 1), (6, 2), (12, 1)]),
-        (2, [(0, 3), (6, 2), (12, 1)]),
-        (3, [(0, 3), (6, 2), (12, 1)]),
-        (4, [(0, 8), (12, 1)]),
-        (5, [(0, 13)]),
-    ],
-)
-def test_bridge_by_hand(gap_pages: int, expected: Pairs) -> None:
-    """A gap equal to the limit still splits; one page less does not."""
-    runs = make_runs([(0, 1), (2, 1), (6, 2), (12, 1)])
-    assert pairs_of(bridge(runs, gap_pages=gap_pages)) == expected
-
-
-@given(run_pairs(), st.integers(0, 300), st.integers(0, 300))
-def test_clip(pairs: Pairs, first_page: int, page_count: int) -> None:
-    runs = make_runs(pairs)
-    clipped = clip(runs, first_page=first_page, page_count=page_count)
-    wanted = set(range(first_page, first_page + page_count))
-    assert pairs_of(clipped) == slow_runs(pages_of(runs) & wanted)
-
-
-@pytest.mark.parametrize(
-    ("first_page", "page_count", "expected"),
-    [
-        (0, 4, []),
-        (0, 5, [(4, 1)]),
-        (3, 2, [(4, 1)]),
-        (5, 1, [(5, 1)]),
-        (7, 2, [(7, 1)]),
-        (8, 1, []),
-        (8, 3, [(10, 1)]),
-        (11, 9, []),
-    ],
-)
-def test_clip_at_the_edges(first_page: int, page_count: int, expected: Pairs) -> None:
-    runs = make_runs([(4, 4), (10, 1)])
-    assert pairs_of(clip(runs, first_page=first_page, page_count=page_count)) == expected
-
-
-def test_nothing_of_a_run_is_no_run() -> None:
-    runs = make_runs([(0, 10)])
-    assert pairs_of(clip(runs, first_page=5, page_count=0)) == []
-    assert pairs_of(complement(runs, first_page=5, page_count=0)) == []
-    assert pairs_of(complement(make_runs([]), first_page=5, page_count=0)) == []
-
-
-@given(run_pairs(), st.integers(0, 1 << 40))
-def test_shift_there_and_back(pairs: Pairs, by: int) -> None:
-    runs = make_runs(pairs)
-    moved = shift(runs, by=by)
-    assert pairs_of(moved) == [(first + by, count) for first, count in pairs]
-    assert shift(moved, by=-by) == runs
-
-
-def test_shift_below_page_0_is_refused() -> None:
-    with pytest.raises(AssertionError):
-        shift(make_runs([(3, 1)]), by=-4)
-
-
-@given(run_pairs(), run_pairs())
-def test_union(one: Pairs, other: Pairs) -> None:
-    both = union(make_runs(one), make_runs(other))
-    assert pairs_of(both) == slow_runs(pages_of(make_runs(one)) | pages_of(make_runs(other)))
-
-
-def test_union_of_a_long_run_that_covers_later_ones() -> None:
-    both = union(make_runs([(0, 100)]), make_runs([(2, 1), (50, 10), (100, 1), (102, 1)]))
-    assert pairs_of(both) == [(0, 101), (102, 1)]
-
-
-@given(run_pairs(), st.integers(0, 300), st.integers(0, 300))
-def test_complement(pairs: Pairs, first_page: int, page_count: int) -> None:
-    runs = make_runs(pairs)
-    rest = complement(runs, first_page=first_page, page_count=page_count)
-    wanted = set(range(first_page, first_page + page_count))
-    assert pairs_of(rest) == slow_runs(wanted - pages_of(runs))
-
-
-def test_numbers_beyond_32_bits() -> None:
-    """A guest of 16 TiB has 2**32 pages; nothing may wrap on the way."""
-    far = 1 << 33
-    runs = runs_from_index(np.array([far + 1, far, far + 3], np.int64))
-    assert pairs_of(bridge(runs, gap_pages=2)) == [(far, 4)]
-    assert pairs_of(clip(runs, first_page=far + 1, page_count=3)) == [(far + 1, 1), (far + 3, 1)]
 
 
 @pytest.mark.parametrize(

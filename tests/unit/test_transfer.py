@@ -94,7 +94,6 @@ class Disk:
         assert transfer.bytes_in_flight == 0
         if transfer.failure is None:
             assert sorted(finished) == list(range(len(plans)))
-            assert transfer.tags_unfinished == 0
         self.engine.close()
         return transfer
 
@@ -273,7 +272,6 @@ def test_tag_ends_with_its_last_request_in_whatever_order() -> None:
     transfer.add(plan_of([(0, 512), (512, 512)]), tag=7)
     transfer.add(plan_of([(1024, 512), (1536, 512)]), tag=3)
     a, b, c, d = transfer.take().token.tolist()
-    assert transfer.tags_unfinished == 2
     assert transfer.complete(completions((d, 512), (b, 512))) == []
     assert transfer.complete(completions((c, 512))) == [3]
     assert transfer.complete(completions((a, 512))) == [7]

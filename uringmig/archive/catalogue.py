@@ -207,11 +207,6 @@ class Catalogue:
                     (verified_at, name),
                 )
 
-    def put_damage(self, name: str, damaged: Iterable[Damage]) -> None:
-        """Add places of an entry that are known to be damaged."""
-        with self._writing() as connection:
-            _insert_damage(connection, name, damaged)
-
     def replace(self, other: Catalogue) -> None:
         """Take the place of another one, which nobody can use, whatever it is."""
         try:

@@ -36,7 +36,6 @@ from uringmig.archive.copyrun import CopyRun
 from uringmig.archive.intake import NOTHING, Held, Intake
 from uringmig.archive.partialcopy import PartialCopy
 from uringmig.archive.tier import LIVE_KINDS, CopiedGuest, EntryLabel, TierResult, describe_entry
-from uringmig.channel import ChannelFile
 from uringmig.contents.source import Contents, Row
 from uringmig.digest import DIGEST_BYTES, bytes_digest, window_digest
 from uringmig.errors import StateError
@@ -52,11 +51,10 @@ from uringmig.options import (
 from uringmig.pages import bitmap
 from uringmig.pages.runs import PageRuns
 from uringmig.plan import Window, plan_runs
-from uringmig.progress import ChannelCounters, ProgressCallback, account
-from uringmig.result import WRITER, describe_seconds, describe_settings
+from uringmig.progress import ChannelCounters, ProgressCallback
+from uringmig.result import WRITER
 from uringmig.storage.buffers import aligned_buffer
 from uringmig.storage.choice import EngineChoice, choose_engine
-from uringmig.storage.engine import Operation
 from uringmig.units import align_up, div_ceil
 
 __all__ = ["ColdContents", "open_cold", "write_cold"]
@@ -167,12 +165,12 @@ class _ColdCopy:
         engine: EngineChoice | None,
         stack: ExitStack,
     ) -> None:
-        self._started = time.monotonic()
+        started = time.monotonic()
+        engine = engine or choose_engine(options.engine)  # before anything is made
         self._contents = contents
         self._out = out
         self._level = level
         self._options = options
-        self._engine = engine or choose_engine(options.engine)
         self._guest = CopiedGuest(contents)
         self._places = _FramePlaces(self._guest)
         self._partial = PartialCopy(
@@ -186,15 +184,14 @@ class _ColdCopy:
         stack.callback(self._partial.close)
         self._target = self._partial.target
         self._rows = self._take_over()
-        shared = ChannelFile(
-            file=self._target.direct,
-            path=self._target.path,
-            operation=Operation.WRITE,
-            engine=self._engine,
+        self._copy = CopyRun(
+            self._guest,
+            self._partial,
             options=options,
-            bounce=False,
+            engine=engine,
+            progress=progress,
+            started=started,
         )
-        self._copy = CopyRun(self._guest, self._partial, shared, progress)
 
     def run(self, label: EntryLabel | None) -> TierResult:
         """Copy, finish, publish."""
@@ -261,34 +258,13 @@ class _ColdCopy:
         # What we could not read back ourselves, nobody is told to be safe.
         read_index(packed, read_header(header.pack(), file_size=main.size))
         main.write_at(0, header.pack())
-        self._copy.tell("sync")
-        synced = time.monotonic()
-        main.sync()
-        synced = time.monotonic() - synced
-        main.drop_cache()
-        self._copy.tell("publish")
+        sync_seconds = self._copy.make_durable()
         fields = describe_entry(
             self._guest, self._out, "cold", label, self._guest.content_digest(tail)
         )
-        described = self._describe(index, header, synced, fields)
-        size, allocated = main.size, main.allocated
-        manifest_path = self._partial.publish(manifest.encode(described))
-        return TierResult(
-            path=self._target.path,
-            manifest_path=manifest_path,
-            tier="cold",
-            file_bytes=size,
-            allocated_bytes=allocated,
-            memory_bytes=fields.memory_bytes,
-            stored_bytes=fields.stored_bytes,
-            shared_bytes=0,
-            resumed_bytes=self._guest.resumed_bytes,
-            written_bytes=self._copy.written_bytes,
-            ratio=fields.stored_bytes / described.frame_bytes if described.frame_bytes else 1.0,
-            seconds=time.monotonic() - self._started,
-            manifest=described,
-            notes=tuple(described.notes),
-        )
+        described = self._describe(index, header, sync_seconds, fields)
+        ratio = fields.stored_bytes / described.frame_bytes if described.frame_bytes else 1.0
+        return self._copy.publish(described, fields, shared_bytes=0, ratio=ratio)
 
     def _describe(
         self,
@@ -298,10 +274,6 @@ class _ColdCopy:
         fields: manifest.ArchiveFields,
     ) -> manifest.ColdManifest:
         """Describe the durable image."""
-        times = account(
-            self._copy.counters, elapsed=time.monotonic() - self._started, sync=sync_seconds
-        )
-        notes = (self._engine.note, self._target.direct.note, *self._contents.notes)
         return manifest.ColdManifest(
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             writer=WRITER,
@@ -311,11 +283,9 @@ class _ColdCopy:
             level=self._level,
             frames=len(index.frames),
             frame_bytes=int(index.frames.length.sum()),
-            settings=describe_settings(
-                self._options, engine=self._engine.name, direct=self._target.direct.direct
-            ),
-            seconds=describe_seconds(times),
-            notes=[note for note in notes if note is not None],
+            settings=self._copy.settings,
+            seconds=self._copy.seconds(sync=sync_seconds),
+            notes=self._copy.notes,
             archive=fields,
         )
 

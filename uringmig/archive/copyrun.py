@@ -1,4 +1,4 @@
-"""The middle of a copy into either tier: rows to channels, with progress and checkpoints.
+"""What a copy does for either tier: rows to channels, with progress and checkpoints; its end.
 
 Whoever waits for the channels makes the checkpoints: the channels go on meanwhile, and a row counts
 as done only when all its writes have completed.
@@ -15,15 +15,15 @@ from typing import Final
 from uringmig.archive.copyjournal import Chunk
 from uringmig.archive.intake import Intake
 from uringmig.archive.partialcopy import PartialCopy
-from uringmig.archive.tier import CopiedGuest
+from uringmig.archive.tier import CopiedGuest, TierResult
 from uringmig.channel import ChannelFile, WindowWork, run_round
 from uringmig.contents.source import Row, window_of
-from uringmig.progress import (
-    ChannelCounters,
-    Phase,
-    ProgressCallback,
-    take_snapshot,
-)
+from uringmig.manifest import ArchiveFields, ArchiveManifest, Settings, encode
+from uringmig.options import WriteOptions
+from uringmig.progress import ChannelCounters, Phase, ProgressCallback, account, take_snapshot
+from uringmig.result import describe_seconds, describe_settings
+from uringmig.storage.choice import EngineChoice
+from uringmig.storage.engine import Operation
 from uringmig.units import MiB
 
 #: What is copied twice after a kill is about this much; a checkpoint costs two flushes of the disk.
@@ -36,8 +36,10 @@ class CopyRun:
     Args:
         guest: what is known of the memory that was copied.
         partial: the file being written.
-        shared: what the channels need to write it.
+        options: how to write it.
+        engine: with what.
         progress: called with a `Snapshot` about ten times a second and at every phase.
+        started: when the copy began, by `time.monotonic`.
 
     Attributes:
         done: rows whose writes have completed and that are in no checkpoint yet; channels append.
@@ -48,16 +50,20 @@ class CopyRun:
         self,
         guest: CopiedGuest,
         partial: PartialCopy,
-        shared: ChannelFile,
+        *,
+        options: WriteOptions,
+        engine: EngineChoice,
         progress: ProgressCallback | None,
+        started: float,
     ) -> None:
-        self.started = time.monotonic()
         self.done: deque[Row] = deque()
-        self.counters = [ChannelCounters() for _ in range(shared.options.channels)]
+        self.counters = [ChannelCounters() for _ in range(options.channels)]
         self._guest = guest
         self._partial = partial
-        self._shared = shared
+        self._options = options
+        self._engine = engine
         self._progress = progress
+        self._started = started
         self._checkpointed_bytes = 0
 
     def copy(
@@ -73,11 +79,19 @@ class CopyRun:
             UringmigError: the first failure of any channel; the others have stopped and drained.
         """
         # To a channel a window is only a ticket for whichever comes next; the sum is right.
+        shared = ChannelFile(
+            file=self._partial.target.direct,
+            path=self._partial.target.path,
+            operation=Operation.WRITE,
+            engine=self._engine,
+            options=self._options,
+            bounce=False,
+        )
         tickets = [window_of(self._guest.contents.blocks, row) for row in rows]
         self.counters[0].finished_bytes = self.counters[0].scanned_bytes = self._guest.resumed_bytes
         self._checkpointed_bytes = self._guest.resumed_bytes
         try:
-            with closing(run_round(self._shared, tickets, make_work, self.counters)) as round_:
+            with closing(run_round(shared, tickets, make_work, self.counters)) as round_:
                 for _ in round_:
                     self.tell("write")
                     self._maybe_checkpoint(chunk_of)
@@ -94,14 +108,70 @@ class CopyRun:
                     phase,
                     self.counters,
                     total_bytes=self._guest.memory_bytes,
-                    seconds=time.monotonic() - self.started,
+                    seconds=time.monotonic() - self._started,
                 )
             )
 
+    def make_durable(self) -> float:
+        """Sync all that was written, and let go of its page cache; returns seconds.
+
+        Raises:
+            StorageError: nothing may be said to be safe after this.
+        """
+        main = self._partial.target.main
+        self.tell("sync")
+        began = time.monotonic()
+        main.sync()
+        seconds = time.monotonic() - began
+        main.drop_cache()
+        self.tell("publish")
+        return seconds
+
     @property
-    def written_bytes(self) -> int:
-        """Moved to the file."""
-        return sum(item.completed_bytes for item in self.counters)
+    def settings(self) -> Settings:
+        """What really ran, for a manifest."""
+        direct = self._partial.target.direct.direct
+        return describe_settings(self._options, engine=self._engine.name, direct=direct)
+
+    def seconds(self, *, sync: float) -> dict[str, float]:
+        """Where the time went so far, for a manifest."""
+        elapsed = time.monotonic() - self._started
+        return describe_seconds(account(self.counters, elapsed=elapsed, sync=sync))
+
+    @property
+    def notes(self) -> list[str]:
+        """What the operator should know of engine, file and source."""
+        target = self._partial.target
+        notes = (self._engine.note, target.direct.note, *self._guest.contents.notes)
+        return [note for note in notes if note is not None]
+
+    def publish(
+        self, described: ArchiveManifest, fields: ArchiveFields, *, shared_bytes: int, ratio: float
+    ) -> TierResult:
+        """Give the durable image its name, and say what came of the copy.
+
+        Raises:
+            StorageError: the name does not exist, or still holds its former content.
+        """
+        target = self._partial.target
+        file_bytes, allocated_bytes = target.main.size, target.main.allocated
+        manifest_path = self._partial.publish(encode(described))
+        return TierResult(
+            path=target.path,
+            manifest_path=manifest_path,
+            tier=fields.tier,
+            file_bytes=file_bytes,
+            allocated_bytes=allocated_bytes,
+            memory_bytes=fields.memory_bytes,
+            stored_bytes=fields.stored_bytes,
+            shared_bytes=shared_bytes,
+            resumed_bytes=self._guest.resumed_bytes,
+            written_bytes=sum(item.completed_bytes for item in self.counters),
+            ratio=ratio,
+            seconds=time.monotonic() - self._started,
+            manifest=described,
+            notes=tuple(described.notes),
+        )
 
     def _maybe_checkpoint(self, chunk_of: Callable[[Row], Chunk]) -> None:
         """Make a checkpoint if enough has been copied since the last one."""

@@ -21,7 +21,6 @@ from uringmig.archive.dedup import SlotReader, clone_pages, previous_identity, s
 from uringmig.archive.intake import NOTHING, Held, Intake
 from uringmig.archive.partialcopy import PartialCopy
 from uringmig.archive.tier import LIVE_KINDS, CopiedGuest, EntryLabel, TierResult, describe_entry
-from uringmig.channel import ChannelFile
 from uringmig.contents.source import Contents, Row
 from uringmig.format.compose import compose_setup
 from uringmig.format.layout import ImageLayout, plan_layout
@@ -31,11 +30,10 @@ from uringmig.options import PAGE_SIZE, WINDOW_BYTES, WriteOptions
 from uringmig.pages import bitmap
 from uringmig.pages.runs import runs_from_bits
 from uringmig.plan import Window, bridge_gaps, gap_pages, plan_runs
-from uringmig.progress import ChannelCounters, ProgressCallback, account
-from uringmig.result import WRITER, describe_block, describe_seconds, describe_settings
+from uringmig.progress import ChannelCounters, ProgressCallback
+from uringmig.result import WRITER, describe_block
 from uringmig.storage.buffers import aligned_buffer
 from uringmig.storage.choice import EngineChoice, choose_engine
-from uringmig.storage.engine import Operation
 from uringmig.units import div_ceil
 
 
@@ -89,11 +87,11 @@ class HotCopy:
         engine: EngineChoice | None,
         stack: ExitStack,
     ) -> None:
-        self._started = time.monotonic()
+        started = time.monotonic()
+        engine = engine or choose_engine(options.engine)  # before anything is made
         self._contents = contents
         self._out = out
         self._options = options
-        self._engine = engine or choose_engine(options.engine)
         self._guest = CopiedGuest(contents)
         sizes = [(block.idstr, block.used_length) for block in contents.blocks]
         self._layout = plan_layout(contents.configuration, sizes, section_id=contents.section_id)
@@ -120,15 +118,14 @@ class HotCopy:
                 clone_pages(previous, self._layout, self._target.main)
             self._slots = SlotReader(self._target.partial_path, self._layout, options.direct)
             stack.callback(self._slots.close)
-        shared = ChannelFile(
-            file=self._target.direct,
-            path=self._target.path,
-            operation=Operation.WRITE,
-            engine=self._engine,
+        self._copy = CopyRun(
+            self._guest,
+            self._partial,
             options=options,
-            bounce=False,
+            engine=engine,
+            progress=progress,
+            started=started,
         )
-        self._copy = CopyRun(self._guest, self._partial, shared, progress)
 
     def run(self, label: EntryLabel | None) -> TierResult:
         """Copy, finish, publish."""
@@ -183,44 +180,18 @@ class HotCopy:
         # What we could not read back ourselves, nobody is told to be safe.
         parse_image(main)
         stream = stream_digest(main, base=0, blocks=self._layout.blocks)
-        self._copy.tell("sync")
-        synced = time.monotonic()
-        main.sync()
-        synced = time.monotonic() - synced
-        main.drop_cache()
-        self._copy.tell("publish")
+        sync_seconds = self._copy.make_durable()
         fields = describe_entry(
             self._guest, self._out, "hot", label, self._guest.content_digest(tail)
         )
-        described = self._describe(stream, synced, fields)
+        described = self._describe(stream, sync_seconds, fields)
         shared = shared_bytes(main) if self._slots is not None else 0
-        size, allocated = main.size, main.allocated
-        manifest_path = self._partial.publish(manifest.encode(described))
-        return TierResult(
-            path=self._target.path,
-            manifest_path=manifest_path,
-            tier="hot",
-            file_bytes=size,
-            allocated_bytes=allocated,
-            memory_bytes=fields.memory_bytes,
-            stored_bytes=fields.stored_bytes,
-            shared_bytes=shared,
-            resumed_bytes=self._guest.resumed_bytes,
-            written_bytes=self._copy.written_bytes,
-            ratio=1.0,
-            seconds=time.monotonic() - self._started,
-            manifest=described,
-            notes=tuple(described.notes),
-        )
+        return self._copy.publish(described, fields, shared_bytes=shared, ratio=1.0)
 
     def _describe(
         self, stream: str, sync_seconds: float, fields: manifest.ArchiveFields
     ) -> manifest.Manifest:
         """Describe the durable image."""
-        times = account(
-            self._copy.counters, elapsed=time.monotonic() - self._started, sync=sync_seconds
-        )
-        notes = (self._engine.note, self._target.direct.note, *self._contents.notes)
         return manifest.Manifest(
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             writer=WRITER,
@@ -236,11 +207,9 @@ class HotCopy:
                 )
                 for place, copied in zip(self._layout.blocks, self._guest.blocks, strict=True)
             ],
-            settings=describe_settings(
-                self._options, engine=self._engine.name, direct=self._target.direct.direct
-            ),
-            seconds=describe_seconds(times),
-            notes=[note for note in notes if note is not None],
+            settings=self._copy.settings,
+            seconds=self._copy.seconds(sync=sync_seconds),
+            notes=self._copy.notes,
             archive=fields,
         )
 
