@@ -11,14 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perf.micro import Micro, TimeFunction
-from uringmig.options import PAGE_SIZE, WINDOW_BYTES, WriteOptions
+from uringmig.options import PAGE_SIZE, SPAN_BYTES, WriteOptions
 from uringmig.pages.runs import PageRuns, runs_from_bits
 from uringmig.plan import bridge_gaps, gap_pages, plan_runs
 from uringmig.testing.guests import PatternName, nonzero_bits
 from uringmig.units import format_size
 
 PAGES = 1 << 20
-WINDOW_PAGES = WINDOW_BYTES // PAGE_SIZE
+WINDOW_PAGES = SPAN_BYTES // PAGE_SIZE
 OPTIONS = WriteOptions()
 
 Bits = NDArray[np.bool_]
@@ -67,7 +67,7 @@ def main() -> None:
         "perf.bench_plan",
         __doc__ or "",
         pages=PAGES,
-        window=format_size(WINDOW_BYTES),
+        window=format_size(SPAN_BYTES),
         block_size=format_size(OPTIONS.block_size),
         bridge=format_size(OPTIONS.bridge),
     )

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perf.micro import Micro, TimeFunction
-from uringmig.options import WINDOW_BYTES
+from uringmig.options import SPAN_BYTES
 from uringmig.pages.zero import nonzero_pages
 from uringmig.storage.buffers import aligned_buffer
 from uringmig.testing.guests import PatternName, fill_guest
@@ -30,7 +30,7 @@ def windows_of(pattern: PatternName | None) -> list[Array]:
         memory[:] = 0  # else all of it is the one page of zeros that the kernel maps for a read
     else:
         fill_guest(memory, pattern, write_zeros=True)
-    return [memory[at : at + WINDOW_BYTES] for at in range(0, len(memory), WINDOW_BYTES)]
+    return [memory[at : at + SPAN_BYTES] for at in range(0, len(memory), SPAN_BYTES)]
 
 
 def going_through(pattern: PatternName | None, look: Callable[[Array], object]) -> TimeFunction:
@@ -57,9 +57,9 @@ def main() -> None:
         "perf.bench_scan",
         __doc__ or "",
         memory=format_size(MEMORY_BYTES),
-        window=format_size(WINDOW_BYTES),
+        window=format_size(SPAN_BYTES),
     )
-    copy = aligned_buffer(WINDOW_BYTES)
+    copy = aligned_buffer(SPAN_BYTES)
     cases: tuple[tuple[str, PatternName | None, Callable[[Array], object]], ...] = (
         ("bandwidth: copy", "dense", lambda window: np.copyto(copy, window)),
         ("bandwidth: read", "dense", read),
