@@ -9,9 +9,10 @@ of these.
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -31,14 +32,18 @@ class Constants:
     """What one run measured; seconds, bytes, bytes a second.
 
     Attributes:
-        device: bytes a second that the disk takes, fio's best.
+        device: bytes a second that the disk takes: the fastest of fio and us over dense.
         request_s: latency of a request without its bytes, one at a time.
-        single: bytes a second within one request.
-        map_s: processor time for each byte of memory that is mapped in, looked at and planned.
-        python_s: the part of it in user mode, mostly under the interpreter's lock, for each byte.
-        zero_s: processor time for each byte of a zero page, which is read whole.
+        single: bytes a second within one request, were the device not the limit.
+        map_s: a channel's processor time for each byte that is mapped in, looked at and planned.
+        unmap_s: processor time of the whole process beside the channels', for each byte of memory;
+            most of it is unmapping, after the image is durable.
+        python_s: the user part of a whole save by one channel, mostly under the interpreter's lock,
+            for each byte.
+        zero_s: a channel's processor time for each byte of a zero page, which is read whole.
         move_s: processor time for each byte written, pinning its pages and the block layer.
-        request_cpu_s: processor time of one more request.
+        request_channel_s: a channel's processor time of one more request.
+        request_cpu_s: everybody's, the kernel's workers included.
         fixed_s: a save's time beside its pages: opening, sync, publishing.
         cores: processors here.
     """
@@ -47,9 +52,11 @@ class Constants:
     request_s: float
     single: float
     map_s: float
+    unmap_s: float
     python_s: float
     zero_s: float
     move_s: float
+    request_channel_s: float
     request_cpu_s: float
     fixed_s: float
     cores: int
@@ -85,6 +92,7 @@ def fit(results: Results) -> Constants:
     saves = [s for s in counted(results.samples) if s.target == "disk" and s.kind == "save"]
     dense = [s for s in saves if s.workload == "dense"]
     fio = [s for s in dense if s.group == "fio"]
+    writers = [*fio, *(s for s in dense if is_ours(s))]
     null = [s for s in dense if _is_null(s) and _one(s)]
     zero = [s for s in saves if s.workload == "zero" and is_ours(s) and _one(s)]
     grid = [s for s in saves if s.workload == "grid" and is_ours(s)]
@@ -93,33 +101,41 @@ def fit(results: Results) -> Constants:
     bridged = [s for s in fragmented if is_ours(s)]
     single = [s for s in fragmented if _is_unbridged(s)]
     sizes = {s.settings["block_size"] for s in alone}
-    if not (fio and null and zero and bridged and single and len(sizes) > 1):
+    lone = [s for s in dense if is_ours(s) and _one(s)]
+    if not (fio and null and lone and zero and bridged and single and len(sizes) > 1):
         raise StateError(
-            "the model needs fio and one channel of the null engine over dense, one channel of "
-            "io_uring over zero, the same over fragmented, bridged and unbridged, and grid with "
-            "depth 1 at several block sizes"
+            "the model needs fio and one channel of the null engine and of io_uring over dense, "
+            "one channel of io_uring over zero, the same over fragmented, bridged and unbridged, "
+            "and grid with depth 1 at several block sizes"
         )
-    latency, per_byte = _line(
-        [(int(s.settings["block_size"]), s.completed_s / s.requests) for s in alone]
+    device = max(
+        statistics.median(s.moved_bytes / s.durable_s for s in writers if s.rival == name)
+        for name in {s.rival for s in writers}
     )
-    map_s = statistics.median(s.cpu_s / s.memory_bytes for s in null)
+    latency, per_byte = _line(
+        [(int(s.settings["block_size"]), _alone_s(s, device=device)) for s in alone]
+    )
+    map_s = statistics.median(_channel_cpu(s) / s.memory_bytes for s in null)
+    unmap_s = statistics.median((s.cpu_s - _channel_cpu(s)) / s.memory_bytes for s in null)
     # The largest blocks in the longest queue: hardly any request, hardly any waking up.
     most = max(_in_flight(s) for s in grid)
     bulk = [s for s in grid if _in_flight(s) == most]
-    move_s = max(0.0, statistics.median(s.cpu_s / s.memory_bytes for s in bulk) - map_s)
+    bulk_s = statistics.median(s.cpu_s / s.memory_bytes for s in bulk)
+    move_s = max(0.0, bulk_s - map_s - unmap_s)
     return Constants(
-        device=max(
-            statistics.median(s.moved_bytes / s.durable_s for s in fio if s.rival == name)
-            for name in {s.rival for s in fio}
-        ),
+        device=device,
         request_s=max(latency, 0.0),
-        single=1 / per_byte,
+        single=1 / per_byte if per_byte > 0 else math.inf,
         map_s=map_s,
-        python_s=statistics.median(s.user_s / s.memory_bytes for s in null),
-        zero_s=statistics.median(s.cpu_s / s.memory_bytes for s in zero),
+        unmap_s=unmap_s,
+        python_s=statistics.median(s.user_s / s.memory_bytes for s in lone),
+        zero_s=statistics.median(_channel_cpu(s) / s.memory_bytes for s in zero),
         move_s=move_s,
-        request_cpu_s=_request_cpu(bridged, single, move_s=move_s),
-        fixed_s=statistics.median(_beside_pages(s) for s in saves if is_ours(s)),
+        request_channel_s=_one_more_request(bridged, single, _channel_cpu),
+        request_cpu_s=_one_more_request(
+            bridged, single, lambda s: s.cpu_s - move_s * s.moved_bytes
+        ),
+        fixed_s=statistics.median(_beside_pages(s) for s in null),
         cores=os.cpu_count() or 1,
     )
 
@@ -140,8 +156,11 @@ def predict(constants: Constants, sample: Sample) -> tuple[float, str]:
     scan = constants.map_s * mapped + constants.zero_s * zeros
     work = scan + constants.move_s * moved + constants.request_cpu_s * requests
     terms = {
-        "device": moved / min(constants.device, rate) if moved else 0.0,
-        "channels": (scan + constants.request_cpu_s * requests) / min(channels, constants.cores),
+        # Neither limit alone: the nearer one comes to the other, the more often the queue runs dry.
+        "device": math.hypot(moved / constants.device, moved / rate) if moved else 0.0,
+        "channels": (
+            (scan + constants.request_channel_s * requests) / min(channels, constants.cores)
+        ),
         "processors": work / constants.cores,
     }
     limit = max(terms, key=lambda name: terms[name])
@@ -158,9 +177,10 @@ def points(results: Results, constants: Constants) -> list[Point]:
     for name, runs in by_name.items():
         seconds, limit = predict(constants, runs[0])
         first = runs[0]
-        fitted = _one(first) and (
-            (first.workload == "dense" and _is_null(first))
-            or (first.workload == "zero" and is_ours(first))
+        fitted = (
+            (first.workload == "dense" and is_ours(first))
+            or (first.workload == "dense" and _is_null(first) and _one(first))
+            or (first.workload == "zero" and is_ours(first) and _one(first))
             or (first.workload == "fragmented" and _is_unbridged(first))
             or (first.workload == "grid" and first.settings["depth"] == 1)
         )
@@ -205,15 +225,17 @@ def describe(results: Results) -> str:
 
 def _constants_table(c: Constants) -> list[str]:
     rows = [
-        ("device", f"{c.device / 1e9:.2f} GB/s", "fio's best over dense"),
+        ("device", f"{c.device / 1e9:.2f} GB/s", "the fastest over dense, fio or us"),
         ("request_s", f"{c.request_s * 1e6:.0f} us", "grid, depth 1: time a request by its size"),
         ("single", f"{c.single / 1e9:.2f} GB/s", "the same"),
-        ("map_s", f"{c.map_s * GiB:.3f} s/GiB", "null engine over dense, one channel"),
-        ("python_s", f"{c.python_s * GiB:.3f} s/GiB", "its user part"),
-        ("zero_s", f"{c.zero_s * GiB:.3f} s/GiB", "one channel over zero"),
-        ("move_s", f"{c.move_s * GiB:.3f} s/GiB", "grid, largest blocks and depth, less map_s"),
+        ("map_s", f"{c.map_s * GiB:.3f} s/GiB", "null engine over dense, the one channel's time"),
+        ("unmap_s", f"{c.unmap_s * GiB:.3f} s/GiB", "the same, the rest of the process"),
+        ("python_s", f"{c.python_s * GiB:.3f} s/GiB", "dense, one channel: all in user mode"),
+        ("zero_s", f"{c.zero_s * GiB:.3f} s/GiB", "zero, the one channel's time"),
+        ("move_s", f"{c.move_s * GiB:.3f} s/GiB", "grid, largest blocks and depth, less both"),
+        ("request_channel_s", f"{c.request_channel_s * 1e6:.1f} us", "as below, the channel's"),
         ("request_cpu_s", f"{c.request_cpu_s * 1e6:.1f} us", "fragmented, unbridged less bridged"),
-        ("fixed_s", f"{c.fixed_s:.3f} s", "time accounts, what is not the channels'"),
+        ("fixed_s", f"{c.fixed_s:.3f} s", "null engine over dense, what is not its channel's"),
         ("cores", str(c.cores), ""),
     ]  # fmt: skip
     return [
@@ -225,16 +247,19 @@ def _constants_table(c: Constants) -> list[str]:
 
 def _far(c: Constants) -> list[str]:
     """1 TiB, dense, on faster devices: what each part of us could do, and what is needed."""
-    channel = 1 / (c.map_s + c.request_cpu_s / MiB)
+    channel = 1 / (c.map_s + c.request_channel_s / MiB)
+    pinning = 1 / (c.map_s + c.move_s + c.request_cpu_s / MiB)
     small = f"{4 * KiB / c.request_cpu_s / 1e9:.2f} GB/s" if c.request_cpu_s else "any rate"
     requests = f"{1e-3 / c.request_cpu_s:.0f} thousand" if c.request_cpu_s else "any number of"
-    lock = 1 / c.python_s if c.python_s else float("inf")
-    work = c.map_s + c.move_s + c.request_cpu_s / MiB
+    lock = 1 / c.python_s if c.python_s else math.inf
+    work = c.map_s + c.unmap_s + c.move_s + c.request_cpu_s / MiB
     lines = [
         f"One channel goes through at most {channel / 1e9:.1f} GB/s of dense memory in blocks of "
-        f"1 MiB; the interpreter's lock is busy {c.python_s * GiB * 1000:.0f} ms a GiB at most, so "
-        f"all channels of one process together end at {lock / 1e9:.0f} GB/s or later; in blocks of "
-        f"4 KiB one processor makes {requests} requests a second, {small}.",
+        f"1 MiB while the kernel's workers write, and {pinning / 1e9:.1f} GB/s where the kernel "
+        "takes each write at once and the channel pins its pages itself. The interpreter's lock is "
+        f"busy {c.python_s * GiB * 1000:.0f} ms a GiB at most, so all channels of one process "
+        f"together end at {lock / 1e9:.0f} GB/s or later. In blocks of 4 KiB one processor makes "
+        f"{requests} requests a second, {small}.",
         "",
         "| 1 TiB dense onto | seconds | channels | processors | requests/s at 1 MiB |",
         "| --- | --- | --- | --- | --- |",
@@ -243,7 +268,7 @@ def _far(c: Constants) -> list[str]:
         rate = min(speed or c.device, lock)
         lines.append(
             f"| {name}, {(speed or c.device) / 1e9:.1f} GB/s | {TiB / rate:.0f} | "
-            f"{np.ceil(rate / channel):.0f} | {rate * work:.1f} | {rate / MiB:.0f} |"
+            f"{np.ceil(rate / pinning):.0f} | {rate * work:.1f} | {rate / MiB:.0f} |"
         )
     return lines
 
@@ -269,17 +294,25 @@ def _in_flight(sample: Sample) -> int:
     return int(sample.settings["depth"]) * int(sample.settings["block_size"])
 
 
-def _request_cpu(bridged: Sequence[Sample], single: Sequence[Sample], *, move_s: float) -> float:
-    """Processor time of a request of one page: bridged saves write twice the bytes in far fewer."""
+def _alone_s(sample: Sample, *, device: float) -> float:
+    """Seconds of one request at a time, without what the device's own rate adds."""
+    seconds = sample.completed_s / sample.requests
+    share = sample.moved_bytes / sample.requests / device
+    return math.sqrt(max(0.0, seconds**2 - share**2))
 
-    def medians(samples: Sequence[Sample]) -> tuple[float, float]:
-        return (
-            statistics.median(s.cpu_s - move_s * s.moved_bytes for s in samples),
-            statistics.median(s.requests for s in samples),
-        )
 
-    (few_cpu, few), (many_cpu, many) = medians(bridged), medians(single)
-    return max(0.0, (many_cpu - few_cpu) / (many - few))
+def _channel_cpu(sample: Sample) -> float:
+    """Processor time of all channels, in seconds."""
+    return sample.account["channel_cpu"]
+
+
+def _one_more_request(
+    bridged: Sequence[Sample], single: Sequence[Sample], cost: Callable[[Sample], float]
+) -> float:
+    """What a request of one page costs: the same pages, but bridged in far fewer requests."""
+    few, many = (statistics.median(s.requests for s in group) for group in (bridged, single))
+    less, more = (statistics.median(cost(s) for s in group) for group in (bridged, single))
+    return max(0.0, (more - less) / (many - few))
 
 
 def _beside_pages(sample: Sample) -> float:

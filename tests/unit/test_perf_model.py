@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import msgspec
@@ -19,9 +20,11 @@ DEVICE = 2e9
 LATENCY = 200e-6
 SINGLE = 1e9
 MAP = 0.1 / GiB
+UNMAP = 0.03 / GiB
 ZERO = 0.25 / GiB
 MOVE = 0.05 / GiB
 REQUEST = 20e-6
+REQUEST_CHANNEL = 5e-6
 FIXED = 0.02
 
 OURS = "uringmig io_uring 1x16x1M"
@@ -37,8 +40,9 @@ def saved(
     size = moved / requests if requests else block
     in_flight = min(channels * depth * block / size, 256 * channels)
     rate = in_flight * size / (LATENCY + size / SINGLE)
-    device = 0.0 if null else moved / min(DEVICE, rate)
-    seconds = FIXED + max(device, (scan + (0 if null else REQUEST * requests)) / channels)
+    device = 0.0 if null else math.hypot(moved / DEVICE, moved / rate)
+    channel_cpu = scan + (0 if null else REQUEST_CHANNEL * requests)
+    seconds = FIXED + max(device, channel_cpu / channels, work / 2)
     base = sample("uringmig null 2x8x1M" if null else OURS, seconds)
     busy = (seconds - FIXED) * channels
     return msgspec.structs.replace(
@@ -52,18 +56,18 @@ def saved(
         moved_bytes=moved,
         requests=requests,
         nonzero_bytes=GiB - zeros,
-        cpu_s=work,
+        cpu_s=work + UNMAP * GiB,
         user_s=work / 4,
         completed_s=seconds - FIXED,
         account={
             "elapsed": seconds, "scan": busy / 2, "digest": 0.0, "submit": 0.0, "wait": busy / 2,
-            "sync": FIXED / 2, "publish": FIXED / 2,
+            "channel_cpu": channel_cpu, "sync": FIXED / 2, "publish": FIXED / 2,
         },
     )  # fmt: skip
 
 
 def obedient() -> Results:
-    fio = msgspec.structs.replace(sample("fio io_uring 1x16x1M sized", GiB / DEVICE))
+    fio = sample("fio io_uring 1x16x1M sized", GiB / DEVICE)
     samples = [fio]
     samples += [
         saved("dense", channels=n, depth=16 // n, block=MiB, moved=GiB, requests=1024, null=null)
@@ -92,19 +96,21 @@ def test_the_fit_finds_the_constants() -> None:
     assert found.request_s == pytest.approx(LATENCY)
     assert found.single == pytest.approx(SINGLE)
     assert found.map_s == pytest.approx(MAP)
+    assert found.unmap_s == pytest.approx(UNMAP)
     assert found.zero_s == pytest.approx(ZERO)
     # The few requests of the largest blocks are in it.
     assert found.move_s == pytest.approx(MOVE + REQUEST / (4 * MiB))
+    assert found.request_channel_s == pytest.approx(REQUEST_CHANNEL, rel=0.01)
     assert found.request_cpu_s == pytest.approx(REQUEST, rel=0.01)
     assert found.fixed_s == pytest.approx(FIXED)
-    assert found.python_s == pytest.approx(MAP / 4)
+    assert found.python_s == pytest.approx((MAP + MOVE + 1024 * REQUEST / GiB) / 4)
 
 
 def test_an_obedient_machine_is_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     results = obedient()
     found = {point.name: point for point in points(results, fit(results))}
-    assert {point.limit for point in found.values()} == {"device", "channels"}
+    assert {point.limit for point in found.values()} == {"device", "channels", "processors"}
     assert sum(not point.fitted for point in found.values()) >= 8
     for point in found.values():
         assert point.error == pytest.approx(0.0, abs=0.01), point
