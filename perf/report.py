@@ -96,6 +96,9 @@ def readme_table(results: Results) -> str:
             "",
             *_table(header, rows),
             "",
+            "Best is the fastest by its median; of those that tie, within 2 %, the one that takes "
+            "least processor time.",
+            "",
             *_table(["target", "measured", ""], goals),
         ]
     )
