@@ -18,7 +18,7 @@ from uringmig.testing.guests import PatternName, nonzero_bits
 from uringmig.units import format_size
 
 PAGES = 1 << 20
-WINDOW_PAGES = SPAN_BYTES // PAGE_SIZE
+SPAN_PAGES = SPAN_BYTES // PAGE_SIZE
 OPTIONS = WriteOptions()
 
 Bits = NDArray[np.bool_]
@@ -26,8 +26,8 @@ Bits = NDArray[np.bool_]
 
 @functools.cache
 def windows_of(pattern: PatternName) -> list[Bits]:
-    """The nonzero pages of a guest, window by window; made where they are used, so only then."""
-    return list(nonzero_bits(pattern, page_count=PAGES, seed=1).reshape(-1, WINDOW_PAGES))
+    """The nonzero pages of a guest, span by span; made where they are used, so only then."""
+    return list(nonzero_bits(pattern, page_count=PAGES, seed=1).reshape(-1, SPAN_PAGES))
 
 
 def timed(pattern: PatternName, step: Callable[[list[Bits]], object]) -> TimeFunction:
@@ -44,13 +44,13 @@ def timed(pattern: PatternName, step: Callable[[list[Bits]], object]) -> TimeFun
 
 
 def find_runs(windows: list[Bits]) -> list[PageRuns]:
-    """Turn the bits of every window into runs."""
+    """Turn the bits of every span into runs."""
     return [runs_from_bits(bits) for bits in windows]
 
 
 def plan(windows: list[Bits]) -> int:
-    """Do all that a channel does between a window's bits and its requests; return their number."""
-    bridgeable, pages = np.ones(WINDOW_PAGES, np.bool_), gap_pages(OPTIONS.bridge)
+    """Do all that a channel does between a span's bits and its requests; return their number."""
+    bridgeable, pages = np.ones(SPAN_PAGES, np.bool_), gap_pages(OPTIONS.bridge)
     count = 0
     for bits in windows:
         wanted = bridge_gaps(bits, bridgeable=bridgeable, gap_pages=pages)
@@ -67,7 +67,7 @@ def main() -> None:
         "perf.bench_plan",
         __doc__ or "",
         pages=PAGES,
-        window=format_size(SPAN_BYTES),
+        span=format_size(SPAN_BYTES),
         block_size=format_size(OPTIONS.block_size),
         bridge=format_size(OPTIONS.bridge),
     )

@@ -34,7 +34,7 @@ def windows_of(pattern: PatternName | None) -> list[Array]:
 
 
 def going_through(pattern: PatternName | None, look: Callable[[Array], object]) -> TimeFunction:
-    """Time going through a memory window by window."""
+    """Time going through a memory span by span, as a save does."""
 
     def run(loops: int) -> float:
         windows = windows_of(pattern)
@@ -57,7 +57,7 @@ def main() -> None:
         "perf.bench_scan",
         __doc__ or "",
         memory=format_size(MEMORY_BYTES),
-        window=format_size(SPAN_BYTES),
+        span=format_size(SPAN_BYTES),
     )
     copy = aligned_buffer(SPAN_BYTES)
     cases: tuple[tuple[str, PatternName | None, Callable[[Array], object]], ...] = (

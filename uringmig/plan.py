@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uringmig.iobatch import IoPlan
-from uringmig.options import PAGE_SIZE, SPAN_BYTES, WINDOW_BYTES
+from uringmig.options import PAGE_SIZE, SPAN_BYTES, WINDOW_BYTES, TransferOptions
 from uringmig.pages.runs import PageRuns, bits_from_runs, runs_from_bits
 from uringmig.units import align_down, div_ceil
 
+#: Turns a channel should have at least.
 _SPANS_PER_CHANNEL: Final = 4
 
 
@@ -48,15 +49,20 @@ def windows_of(page_counts: Sequence[int], *, window_pages: int) -> list[Window]
     ]
 
 
-def span_pages(page_count: int, *, channels: int) -> int:
+def span_pages(page_count: int, options: TransferOptions) -> int:
     """Say how many pages a channel is to take at a time, of a guest of ``page_count`` pages.
 
-    As many as `SPAN_BYTES`, unless that leaves a channel fewer than `_SPANS_PER_CHANNEL` turns to
-    even out what others were slower at; always whole windows, so that none is shared.
+    As many as `SPAN_BYTES`; fewer where the device would run dry while a channel looks at more than
+    there may be in flight, where a channel would have fewer than `_SPANS_PER_CHANNEL` turns to even
+    out what others were slower at, and where a rate limit makes each last. Always whole windows.
     """
     window_pages = WINDOW_BYTES // PAGE_SIZE
-    fair = page_count // (channels * _SPANS_PER_CHANNEL)
-    return max(align_down(min(fair, SPAN_BYTES // PAGE_SIZE), window_pages), window_pages)
+    if options.rate:
+        return window_pages
+    in_flight = options.channels * options.depth * options.block_size
+    fair = page_count // (options.channels * _SPANS_PER_CHANNEL)
+    span = min(SPAN_BYTES // PAGE_SIZE, in_flight // PAGE_SIZE, fair)
+    return max(align_down(span, window_pages), window_pages)
 
 
 def bridge_gaps(

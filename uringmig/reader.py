@@ -177,7 +177,7 @@ class MappedRamReader:
                 f"a buffer of {sink.length_bytes} bytes for {length} bytes of {idstr!r}"
             )
         first, page_count = start // PAGE_SIZE, length // PAGE_SIZE
-        span = span_pages(page_count, channels=self._options.channels)
+        span = span_pages(page_count, self._options)
         windows = [
             Window(number, first + window.first_page, window.page_count)
             for window in windows_of([page_count], window_pages=span)

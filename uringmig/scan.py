@@ -34,7 +34,7 @@ class SavedBlock:
         memory: where its bytes come from.
         dense: every page is written and every bit set, zero or not.
         bitmap: packed, as on disk; a bit is set when the page's write has been planned.
-        digests: uint8, (windows, 16), of the memory as last scanned.
+        digests: uint8, (rows, 16), of each `WINDOW_BYTES` of the memory as last scanned.
         selected: pages of this round, packed; None is all of them.
     """
 
@@ -47,8 +47,8 @@ class SavedBlock:
 
     def __post_init__(self) -> None:
         self.bitmap = np.zeros(self.layout.bitmap_bytes, np.uint8)
-        windows = div_ceil(self.layout.used_length, WINDOW_BYTES)
-        self.digests = np.zeros((windows, digest.DIGEST_BYTES), np.uint8)
+        rows = div_ceil(self.layout.used_length, WINDOW_BYTES)
+        self.digests = np.zeros((rows, digest.DIGEST_BYTES), np.uint8)
 
     def put_digest(self, start: int, value: bytes) -> None:
         """Keep the digest of the memory from ``start`` on, a multiple of `WINDOW_BYTES`."""
@@ -111,7 +111,7 @@ class SaveWork:
         )
 
     def submitted(self, window: Window) -> None:
-        """Digest the window while it is still in the cache and the device has work."""
+        """Digest the window while the device has work."""
         if not self._options.manifest:
             return
         block, data = self._blocks[window.block_index], self._data

@@ -235,7 +235,7 @@ class MappedRamWriter:
         for block in self._blocks:
             block.selected = np.full_like(block.bitmap, 0xFF) if again else None
         counts = [block.layout.page_count for block in self._blocks]
-        span = span_pages(sum(counts), channels=self._options.channels)
+        span = span_pages(sum(counts), self._options)
         windows = windows_of(counts, window_pages=span)
         yield from self._round(windows, first=not again)
         self._all_written = True

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from strategies import page_bits
 
 from uringmig.iobatch import IoPlan
+from uringmig.options import WriteOptions
 from uringmig.pages.runs import PageRuns, runs_from_bits
 from uringmig.plan import Window, bridge_gaps, gap_pages, plan_runs, span_pages, windows_of
 from uringmig.units import KiB, MiB
@@ -174,21 +175,29 @@ def test_windows_cover_every_page_once_in_order(page_counts: list[int], window_p
 
 
 @pytest.mark.parametrize(
-    ("guest", "channels", "span"),
+    ("guest", "channels", "depth", "span"),
     [
-        (4 * KiB, 1, 4 * MiB),
-        (16 * MiB, 2, 4 * MiB),
-        (64 * MiB, 1, 16 * MiB),
-        (64 * MiB, 2, 8 * MiB),
-        (60 * MiB, 2, 4 * MiB),
-        (64 * MiB, 255, 4 * MiB),
-        (1 << 40, 8, 16 * MiB),
+        (4 * KiB, 1, 16, 4 * MiB),
+        (16 * MiB, 2, 8, 4 * MiB),
+        (64 * MiB, 1, 16, 16 * MiB),
+        (64 * MiB, 2, 8, 8 * MiB),
+        (60 * MiB, 2, 8, 4 * MiB),
+        (64 * MiB, 255, 8, 4 * MiB),
+        (1 << 40, 2, 8, 16 * MiB),
+        (1 << 40, 1, 8, 8 * MiB),
+        (1 << 40, 1, 1, 4 * MiB),
+        (1 << 40, 8, 64, 16 * MiB),
     ],
 )
-def test_span_is_whole_windows_and_leaves_every_channel_its_turns(
-    guest: int, channels: int, span: int
+def test_span_is_whole_windows_and_leaves_device_and_channels_enough(
+    guest: int, channels: int, depth: int, span: int
 ) -> None:
-    assert span_pages(guest // PAGE, channels=channels) * PAGE == span
+    options = WriteOptions(channels=channels, depth=depth)
+    assert span_pages(guest // PAGE, options) * PAGE == span
+
+
+def test_under_a_rate_limit_progress_comes_by_the_window() -> None:
+    assert span_pages((1 << 40) // PAGE, WriteOptions(rate=MiB)) * PAGE == 4 * MiB
 
 
 def test_window_in_bytes() -> None:

@@ -113,7 +113,7 @@ class Workbench:
             _prepare(main, trial.preparation, layout.trailer_offset)
             channels = run_round(
                 shared,
-                windows_of(counts, window_pages=span_pages(sum(counts), channels=len(counters))),
+                windows_of(counts, window_pages=span_pages(sum(counts), trial.options)),
                 lambda counter: SaveWork(blocks, trial.options, counter),
                 counters,
             )

@@ -13,6 +13,7 @@ import errno
 import mmap
 import os
 import stat
+import threading
 from typing import Final
 
 import numpy as np
@@ -24,11 +25,8 @@ from uringmig.memory.source import Extents, check_range
 from uringmig.options import PAGE_SIZE
 from uringmig.units import KiB, align_down, align_up, is_aligned
 
-#: HUGETLBFS_MAGIC and TMPFS_MAGIC, include/uapi/linux/magic.h; memfd is of one or the other.
+#: HUGETLBFS_MAGIC, include/uapi/linux/magic.h.
 _HUGETLBFS_MAGIC: Final = 0x958458F6
-_TMPFS_MAGIC: Final = 0x01021994
-#: Unit of st_blocks, stat(2).
-_STAT_BLOCK_BYTES: Final = 512
 #: include/uapi/asm-generic/mman.h; the mmap module has no name for it in Python 3.11.
 _MAP_NORESERVE: Final = 0x4000
 #: How much of a huge page is looked at in one go for a nonzero byte; fits the L2 cache.
@@ -68,12 +66,11 @@ class FileMemory:
         self._view: NDArray[np.uint8] | None = None
         # A range of offsets last seen to be data. SEEK_HOLE walks the page cache to the end of the
         # extent (7 ms a GiB): asked anew for each window, a dense guest would cost hours.
-        self._known_data: tuple[int, int] | None = None
+        self._known_data = (0, 0)
+        self._asking = threading.Lock()
         self._fd = self._open(file, writable)
         try:
-            file_system, block_bytes = _file_system(self._fd)
-            self._tmpfs = file_system == _TMPFS_MAGIC
-            self._huge_page_bytes = block_bytes if file_system == _HUGETLBFS_MAGIC else 0
+            self._huge_page_bytes = _huge_page_bytes(self._fd)
             self.length_bytes = self._checked_length(offset, length)
             self._offset = offset
             self._view = self._map(writable)
@@ -189,22 +186,15 @@ class FileMemory:
 
     def _data_ranges(self, first: int, limit: int) -> list[tuple[int, int]]:
         """Ask SEEK_DATA and SEEK_HOLE; file offsets, rounded outwards to pages."""
-        if self._known_data is None:
-            self._known_data = self._everything()
         ranges = []
         position = first
         while position < limit:
-            known_first, known_limit = self._known_data
-            if not known_first <= position < known_limit:
-                try:
-                    known_first = os.lseek(self._fd, position, os.SEEK_DATA)
-                except OSError as error:
-                    if error.errno == errno.ENXIO:
-                        break  # Nothing but hole up to the end of the file.
-                    raise
-                known_limit = os.lseek(self._fd, known_first, os.SEEK_HOLE)
-                # One assignment: other threads see the old pair or the new, both of them true.
-                self._known_data = (known_first, known_limit)
+            try:
+                known_first, known_limit = self._data_at(position)
+            except OSError as error:
+                if error.errno == errno.ENXIO:
+                    break  # Nothing but hole up to the end of the file.
+                raise
             range_first = align_down(max(position, known_first), PAGE_SIZE)
             range_limit = min(align_up(known_limit, PAGE_SIZE), limit)
             if range_first < range_limit:
@@ -213,19 +203,23 @@ class FileMemory:
             position = max(range_limit, range_first)
         return ranges
 
-    def _everything(self) -> tuple[int, int]:
-        """Say that all of the file is data, if its blocks tell; else an empty range.
+    def _data_at(self, position: int) -> tuple[int, int]:
+        """Find the data that an offset lies in, or the next after it: first byte and end.
 
-        Only tmpfs counts nothing but its pages; other file systems count what they need themselves.
+        Channels begin at the same time, and one walk through the page cache is enough for all.
         """
-        status = os.fstat(self._fd)
-        full = status.st_blocks * _STAT_BLOCK_BYTES == align_up(status.st_size, PAGE_SIZE)
-        return (0, status.st_size) if self._tmpfs and full else (0, 0)
+        with self._asking:
+            known_first, known_limit = self._known_data
+            if not known_first <= position < known_limit:
+                known_first = os.lseek(self._fd, position, os.SEEK_DATA)
+                known_limit = os.lseek(self._fd, known_first, os.SEEK_HOLE)
+                self._known_data = (known_first, known_limit)
+            return known_first, known_limit
 
     def _nonzero_ranges(self, first: int, limit: int) -> list[tuple[int, int]]:
         """Read, which allocates nothing, until each huge page shows a nonzero byte or ends."""
         status = os.fstat(self._fd)
-        if status.st_blocks * _STAT_BLOCK_BYTES >= status.st_size:
+        if status.st_blocks * 512 >= status.st_size:
             return [(first, limit)]  # Fully populated: no hole to be wary of.
         buffer = memoryview(bytearray(_PROBE_BYTES))
         ranges = []
@@ -298,10 +292,10 @@ def create_memfd(name: str, length: int, *, hugetlb: bool = False) -> int:
     return fd
 
 
-def _file_system(fd: int) -> tuple[int, int]:
-    """Give the type of a file's file system and its block size, on hugetlbfs a huge page."""
+def _huge_page_bytes(fd: int) -> int:
+    """Give the huge page size of a hugetlbfs file, and 0 for any other."""
     # struct statfs begins with f_type and f_bsize, both long, and is shorter than 256 bytes.
     status = (ctypes.c_long * 32)()
     if _LIBC.fstatfs(fd, status) != 0:
         raise StorageError("fstatfs failed", errno=ctypes.get_errno())
-    return status[0], status[1]
+    return status[1] if status[0] == _HUGETLBFS_MAGIC else 0

@@ -74,7 +74,7 @@ def runs_from_bits(bits: NDArray[np.bool_]) -> PageRuns:
 def bits_from_runs(runs: PageRuns, *, page_count: int) -> NDArray[np.bool_]:
     """Turn runs into one bool a page, for pages ``0 .. page_count - 1``; a new array.
 
-    The temporaries are of the size of the result: clip and shift to a window first.
+    The temporaries are of the size of the result.
     """
     assert not len(runs) or runs.end_page[-1] <= page_count, (runs.end_page[-1], page_count)
     step = np.zeros(page_count + 1, np.int8)
