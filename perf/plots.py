@@ -199,7 +199,12 @@ def _accounts(where: str, samples: Sequence[Sample]) -> list[Plot]:
 
 
 def _timelines(where: str, samples: Sequence[Sample]) -> list[Plot]:
-    """Bytes a second while it ran, of the first round's fastest rivals that told."""
+    """Bytes a second while it ran, of the first round's fastest rivals that told.
+
+    Not of a guest without a page to move: what is written then is a few headers.
+    """
+    if not any(sample.nonzero_bytes for sample in samples):
+        return []
     told = [
         sample
         for sample in counted(samples)

@@ -283,6 +283,12 @@ def test_memory_that_looking_allocated_is_seen() -> None:
     assert (holes.measured, holes.met) == ("4.0 KiB; QEMU 7.0 GiB", False)
 
 
+def test_a_guest_of_zeros_has_no_picture_of_its_throughput() -> None:
+    one = sample("uringmig io_uring 2x8x1M", 1.0, workload="zero", nonzero_bytes=0)
+    titles = [plot.title for plot in plots(results_of([one]))]
+    assert titles == ["zero on disk: time to save", "zero on disk: where the time goes"]
+
+
 def test_report_is_one_page_with_all_pictures(tmp_path: Path) -> None:
     results = whole_results()
     titles = [plot.title for plot in plots(results)]
