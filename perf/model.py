@@ -18,7 +18,7 @@ from typing import Final
 
 import numpy as np
 
-from perf.results import Results, Sample, counted
+from perf.results import Results, Sample, by_rival, counted
 from perf.verdict import is_ours
 from uringmig.errors import StateError
 from uringmig.units import GiB, KiB, MiB, TiB
@@ -109,8 +109,8 @@ def fit(results: Results) -> Constants:
             "and grid with depth 1 at several block sizes"
         )
     device = max(
-        statistics.median(s.moved_bytes / s.durable_s for s in writers if s.rival == name)
-        for name in {s.rival for s in writers}
+        statistics.median(s.moved_bytes / s.durable_s for s in runs)
+        for runs in by_rival(writers).values()
     )
     latency, per_byte = _line(
         [(int(s.settings["block_size"]), _alone_s(s, device=device)) for s in alone]

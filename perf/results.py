@@ -203,16 +203,21 @@ def samples_of(results: Results, target: str, workload: str, kind: Kind) -> list
     return [s for s in results.samples if (s.target, s.workload, s.kind) == wanted]
 
 
+def by_rival(samples: Iterable[Sample]) -> dict[str, list[Sample]]:
+    """The runs of each rival, by its name."""
+    found: dict[str, list[Sample]] = defaultdict(list)
+    for sample in samples:
+        found[sample.rival].append(sample)
+    return found
+
+
 def figures(samples: Sequence[Sample]) -> list[Figures]:
     """Figures of every rival of one contest, fastest first."""
     rounds = counted(samples)
     fio = _best(rounds, "fio", throughput_of)
     qemu = _best(rounds, "qemu", lambda sample: 1 / sample.durable_s)
-    by_rival: dict[str, list[Sample]] = defaultdict(list)
-    for sample in rounds:
-        by_rival[sample.rival].append(sample)
     found = []
-    for rival, runs in by_rival.items():
+    for rival, runs in by_rival(rounds).items():
         cached = [run.cached_bytes for run in runs if run.cached_bytes is not None]
         durable = [run.durable_s for run in runs]
         found.append(

@@ -7,7 +7,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from perf.results import Results, Sample, counted, cpu_per_gib, samples_of, throughput_of
+from perf.results import (
+    Results,
+    Sample,
+    by_rival,
+    counted,
+    cpu_per_gib,
+    samples_of,
+    throughput_of,
+)
 from uringmig.options import WriteOptions
 from uringmig.units import MiB, format_size
 
@@ -101,11 +109,6 @@ def _is_default(sample: Sample) -> bool:
     )
 
 
-def _is_touched(runs: Sequence[Sample]) -> bool:
-    """Whether QEMU had the guest's pages mapped before; ours never has."""
-    return bool(runs[0].settings["touched"])
-
-
 def _is_direct_qemu(sample: Sample) -> bool:
     return sample.group == "qemu" and sample.settings["direct"] == 1
 
@@ -152,14 +155,15 @@ def _no_allocation(samples: Sequence[Sample]) -> list[Verdict]:
 
 def _cpu(samples: Sequence[Sample]) -> list[Verdict]:
     """Processor time of our defaults beside QEMU's cheapest, and what the manifest adds."""
-    by_rival = _by_rival(samples)
-    ours = next((runs for runs in by_rival.values() if _is_default(runs[0])), [])
+    rivals = by_rival(samples)
+    ours = [sample for sample in samples if _is_default(sample)]
+    qemu = [sample for sample in samples if _is_direct_qemu(sample)]
     theirs = min(
-        (runs for runs in by_rival.values() if _is_direct_qemu(runs[0]) and not _is_touched(runs)),
+        by_rival([sample for sample in qemu if not sample.settings["touched"]]).values(),
         key=lambda runs: _median(runs, cpu_per_gib),
         default=[],
     )
-    mapped = [sample for sample in samples if _is_direct_qemu(sample) and _is_touched([sample])]
+    mapped = [sample for sample in qemu if sample.settings["touched"]]
     beside = f"; {_median(mapped, cpu_per_gib):.3f} s if it has it mapped" if mapped else ""
     found = []
     if ours and theirs:
@@ -173,8 +177,8 @@ def _cpu(samples: Sequence[Sample]) -> list[Verdict]:
                 share <= CPU_SHARE_MAX,
             )
         )
-    for name, runs in by_rival.items():
-        bare = by_rival.get(name.removesuffix(" +manifest"))
+    for name, runs in rivals.items():
+        bare = rivals.get(name.removesuffix(" +manifest"))
         if name.endswith(" +manifest") and bare:
             added = _median(runs, cpu_per_gib) - _median(bare, cpu_per_gib)
             found.append(
@@ -206,13 +210,6 @@ def _page_cache(results: Results) -> list[Verdict]:
     ]
 
 
-def _by_rival(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
-    by_rival: dict[str, list[Sample]] = {}
-    for sample in samples:
-        by_rival.setdefault(sample.rival, []).append(sample)
-    return by_rival
-
-
 def _durable(sample: Sample) -> float:
     return sample.durable_s
 
@@ -226,12 +223,12 @@ def best_of(samples: Sequence[Sample], choice: Choice) -> tuple[str, float, floa
 
     Of those that tie, the one that takes least processor time.
     """
-    by_rival = _by_rival([sample for sample in samples if choice(sample)])
-    if not by_rival:
+    rivals = by_rival([sample for sample in samples if choice(sample)])
+    if not rivals:
         return None
-    fastest = min(_median(runs, _durable) for runs in by_rival.values())
+    fastest = min(_median(runs, _durable) for runs in rivals.values())
     name, runs = min(
-        (item for item in by_rival.items() if _median(item[1], _durable) <= _TIE * fastest),
+        (item for item in rivals.items() if _median(item[1], _durable) <= _TIE * fastest),
         key=lambda item: _median(item[1], cpu_per_gib),
     )
     return (
