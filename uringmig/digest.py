@@ -38,6 +38,10 @@ def sparse_digest(memory: NDArray[np.uint8], start: list[int], length: list[int]
 
     Everything else is a hole: zero, and not to be touched.
     """
+    if not start:
+        return zero_digest(len(memory))
+    if length[0] == len(memory):
+        return window_digest(memory)
     state = xxhash.xxh3_128()
     at = 0
     for first, count in zip(start, length, strict=True):

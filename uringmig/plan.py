@@ -65,6 +65,11 @@ def span_pages(page_count: int, options: TransferOptions) -> int:
     return max(align_down(span, window_pages), window_pages)
 
 
+def spans_of(page_counts: Sequence[int], options: TransferOptions) -> list[Window]:
+    """Deal blocks of ``page_counts`` pages into what a channel takes at a time, in their order."""
+    return windows_of(page_counts, window_pages=span_pages(sum(page_counts), options))
+
+
 def bridge_gaps(
     wanted: NDArray[np.bool_], *, bridgeable: NDArray[np.bool_], gap_pages: int
 ) -> NDArray[np.bool_]:

@@ -27,7 +27,7 @@ from uringmig.memory.source import MemorySink
 from uringmig.options import PAGE_SIZE, ReadOptions
 from uringmig.pages import bitmap
 from uringmig.pages.runs import runs_from_bits
-from uringmig.plan import Window, bridge_gaps, gap_pages, plan_runs, span_pages, windows_of
+from uringmig.plan import Window, bridge_gaps, gap_pages, plan_runs, spans_of
 from uringmig.progress import ChannelCounters, Phase, ProgressCallback, Snapshot, take_snapshot
 from uringmig.storage.choice import EngineChoice, choose_engine
 from uringmig.storage.directfile import open_direct
@@ -176,11 +176,10 @@ class MappedRamReader:
             raise StateError(
                 f"a buffer of {sink.length_bytes} bytes for {length} bytes of {idstr!r}"
             )
-        first, page_count = start // PAGE_SIZE, length // PAGE_SIZE
-        span = span_pages(page_count, self._options)
+        first = start // PAGE_SIZE
         windows = [
             Window(number, first + window.first_page, window.page_count)
-            for window in windows_of([page_count], window_pages=span)
+            for window in spans_of([length // PAGE_SIZE], self._options)
         ]
         packed = self._bitmaps[number]
         shared = self.channel_file(bounce_for=sink.address)

@@ -89,7 +89,7 @@ def describe_save(
 def describe_block(
     layout: BlockLayout, *, pages_set: int, digests: NDArray[np.uint8]
 ) -> ManifestBlock:
-    """Describe one block of a mapped-ram image; ``digests`` is (windows, 16)."""
+    """Describe one block of a mapped-ram image; ``digests`` is (rows, 16), as of `SavedBlock`."""
     return ManifestBlock(
         idstr=layout.idstr,
         used_length=layout.used_length,

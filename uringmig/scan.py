@@ -162,9 +162,5 @@ def _rows(window: Window) -> Iterator[tuple[int, int]]:
 def _digest_of(memory: MemorySource, data: Extents, start: int, length: int) -> bytes:
     """Digest ``length`` bytes from ``start`` on, of which only ``data`` may be read."""
     data = data.clip(start=start, length=length)
-    if not len(data):
-        return digest.zero_digest(length)
     piece = memory.view[start : start + length]
-    if data.total_bytes == length:
-        return digest.window_digest(piece)
     return digest.sparse_digest(piece, (data.start - start).tolist(), data.length.tolist())

@@ -30,7 +30,7 @@ from uringmig.memory.array import BufferMemory
 from uringmig.memory.source import MemorySource
 from uringmig.options import PAGE_SIZE, WINDOW_BYTES, WriteOptions
 from uringmig.pages import bitmap
-from uringmig.plan import Window, span_pages, windows_of
+from uringmig.plan import Window, spans_of
 from uringmig.progress import (
     ChannelCounters,
     Phase,
@@ -235,9 +235,7 @@ class MappedRamWriter:
         for block in self._blocks:
             block.selected = np.full_like(block.bitmap, 0xFF) if again else None
         counts = [block.layout.page_count for block in self._blocks]
-        span = span_pages(sum(counts), self._options)
-        windows = windows_of(counts, window_pages=span)
-        yield from self._round(windows, first=not again)
+        yield from self._round(spans_of(counts, self._options), first=not again)
         self._all_written = True
 
     def write_pages(self, idstr: str, page_index: NDArray[np.int64]) -> None:

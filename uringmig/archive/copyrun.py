@@ -78,7 +78,6 @@ class CopyRun:
         Raises:
             UringmigError: the first failure of any channel; the others have stopped and drained.
         """
-        # To a channel a window is only a ticket for whichever comes next; the sum is right.
         shared = ChannelFile(
             file=self._partial.target.direct,
             path=self._partial.target.path,
@@ -87,6 +86,7 @@ class CopyRun:
             options=self._options,
             bounce=False,
         )
+        # To a channel a window is only a ticket for whichever comes next; the sum is right.
         tickets = [window_of(self._guest.contents.blocks, row) for row in rows]
         self.counters[0].finished_bytes = self.counters[0].scanned_bytes = self._guest.resumed_bytes
         self._checkpointed_bytes = self._guest.resumed_bytes

@@ -64,10 +64,6 @@ class Held:
 
     def digest(self) -> bytes:
         """Digest of the window, zeros included."""
-        if not self.start:
-            return digest.zero_digest(len(self.memory))
-        if self.length[0] == len(self.memory):
-            return digest.window_digest(self.memory)
         return digest.sparse_digest(self.memory, self.start, self.length)
 
 

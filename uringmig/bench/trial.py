@@ -21,7 +21,7 @@ from uringmig.errors import StorageError
 from uringmig.format.layout import ImageLayout, plan_layout
 from uringmig.memory.array import BufferMemory
 from uringmig.options import PAGE_SIZE, WriteOptions
-from uringmig.plan import span_pages, windows_of
+from uringmig.plan import spans_of
 from uringmig.progress import ChannelCounters
 from uringmig.scan import SavedBlock, SaveWork
 from uringmig.storage.buffers import aligned_buffer
@@ -98,7 +98,6 @@ class Workbench:
             StorageError: for example ENOSPC, or O_DIRECT is required and cannot be had.
         """
         blocks, layout = self._lay_out(length_bytes, every_other=trial.every_other)
-        counts = [block.layout.page_count for block in blocks]
         counters = [ChannelCounters() for _ in range(trial.options.channels)]
         with nameless_file(self._folder) as main, self._pages_of(main, trial.options) as file:
             shared = ChannelFile(
@@ -113,7 +112,7 @@ class Workbench:
             _prepare(main, trial.preparation, layout.trailer_offset)
             channels = run_round(
                 shared,
-                windows_of(counts, window_pages=span_pages(sum(counts), trial.options)),
+                spans_of([block.layout.page_count for block in blocks], trial.options),
                 lambda counter: SaveWork(blocks, trial.options, counter),
                 counters,
             )

@@ -64,8 +64,6 @@ def window_digest(read: WindowRead) -> bytes:
     """Digest of a window's memory; what is no data is not touched."""
     if read.data is None:
         return digest.window_digest(read.memory)
-    if not len(read.data):
-        return digest.zero_digest(len(read.memory))
     return digest.sparse_digest(read.memory, read.data.start.tolist(), read.data.length.tolist())
 
 
