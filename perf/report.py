@@ -18,11 +18,21 @@ from perf.results import (
     figures,
     samples_of,
 )
-from perf.verdict import best_of, is_ours, verdicts
+from perf.verdict import best_of, is_as_delivered, is_ours, verdicts
 from perf.workloads import WORKLOADS
 from uringmig.units import format_size
 
 Rows = list[list[str]]
+
+_SUMMARY_COLUMNS: Final = [
+    "guest", "uringmig as delivered", "uringmig's best", "QEMU's best", "faster", "fio",
+    "cpu s/GiB, ours / QEMU",
+]  # fmt: skip
+_SUMMARY_NOTE: Final = (
+    "As delivered: every default, the manifest with its digests included; beside it how many times "
+    "faster than QEMU's best. Best is the fastest by its median; of those that tie, within 2 %, "
+    "the one that takes least processor time."
+)
 
 _COLUMNS: Final = [
     "rival", "runs", "durable s", "± %", "completed s", "GB/s", "of fio's best", "x QEMU's best",
@@ -33,6 +43,10 @@ body { font: 15px/1.45 system-ui, sans-serif; max-width: 72em; margin: 2em auto;
 table { border-collapse: collapse; margin: 1em 0; font-size: 13px; }
 td, th { border: 1px solid #ccc; padding: 2px 7px; text-align: right; white-space: nowrap; }
 td:first-child, th:first-child { text-align: left; }
+.words td, .words th { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+.words td:first-child { min-width: 16em; }
+.words td:last-child { min-width: 4em; }
+.facts td:first-child { white-space: nowrap; min-width: 0; }
 img { max-width: 100%; display: block; margin: 1em 0; }
 .wide { overflow-x: auto; }
 """
@@ -68,11 +82,28 @@ def write_report(results: Results, out: Path) -> list[Path]:
 
 
 def readme_table(results: Results) -> str:
-    """The table for the README: our best beside QEMU's and fio's, with date, machine, command."""
+    """The table for the README: ours beside QEMU's and fio's, with date, machine, command."""
+    goals = [[v.target, v.measured, "met" if v.met else "missed"] for v in verdicts(results)]
+    return "\n".join(
+        [
+            _made(results),
+            "",
+            *_table(_SUMMARY_COLUMNS, _summary(results)),
+            "",
+            _SUMMARY_NOTE,
+            "",
+            *_table(["target", "measured", ""], goals),
+        ]
+    )
+
+
+def _summary(results: Results) -> Rows:
+    """One row for each contest: what a user gets, our best, QEMU's best, fio's."""
     rows: Rows = []
     for target, workload, kind in contests(results):
         samples = counted(samples_of(results, target, workload, kind))
         ours = best_of(samples, is_ours if kind == "save" else _into_qemu)
+        delivered = best_of(samples, is_as_delivered if kind == "save" else _into_qemu)
         qemu = best_of(samples, lambda sample: sample.group == "qemu")
         if ours is None or qemu is None:
             continue
@@ -81,6 +112,7 @@ def readme_table(results: Results) -> str:
         rows.append(
             [
                 f"{kind}: {workload} {size}, {target}",
+                f"{delivered[1]:.2f} s ({qemu[1] / delivered[1]:.1f} x)" if delivered else "",
                 f"{ours[1]:.2f} s ({ours[2]:.2f} GB/s; {ours[0].removeprefix('uringmig ')})",
                 f"{qemu[1]:.2f} s ({qemu[0].removeprefix('qemu ')})",
                 f"{qemu[1] / ours[1]:.1f} x",
@@ -88,20 +120,7 @@ def readme_table(results: Results) -> str:
                 f"{ours[3]:.2f} / {qemu[3]:.2f}",
             ]
         )
-    header = ["guest", "uringmig's best", "QEMU's best", "faster", "fio", "cpu s/GiB, ours / QEMU"]
-    goals = [[v.target, v.measured, "met" if v.met else "missed"] for v in verdicts(results)]
-    return "\n".join(
-        [
-            _made(results),
-            "",
-            *_table(header, rows),
-            "",
-            "Best is the fastest by its median; of those that tie, within 2 %, the one that takes "
-            "least processor time.",
-            "",
-            *_table(["target", "measured", ""], goals),
-        ]
-    )
+    return rows
 
 
 def _into_qemu(sample: Sample) -> bool:
@@ -111,30 +130,54 @@ def _into_qemu(sample: Sample) -> bool:
 
 def _made(results: Results) -> str:
     """Date, command, machine, in one paragraph."""
-    samples = results.samples
-    hosts = list(results.hosts.values())
-    common = {
-        key: value
-        for key, value in (hosts[0] if hosts else {}).items()
-        if all(host.get(key) == value for host in hosts)
-    }
-    places = [
-        f"{target}: {_listed({key: host[key] for key in host if key not in common})}"
-        for target, host in results.hosts.items()
-    ]
-    disturbed = sum(bool(sample.disturbed) for sample in samples)
+    common, places = _hosts(results)
+    conditions = [_listed(common), *(f"{name}: {_listed(own)}" for name, own in places.items())]
     return (
         f"{results.started}, `{results.command}`, seed {results.seed}, commit {results.commit}; "
-        f"{len(samples)} runs, {disturbed} of them disturbed by others. "
-        f"{'. '.join(part for part in (_listed(common), *places) if part)}."
+        f"{_runs(results)}. {'. '.join(part for part in conditions if part)}."
     )
 
 
-def _listed(host: dict[str, str]) -> str:
-    """Conditions by their names."""
-    return ", ".join(
-        f"{key.removeprefix(PREFIX).replace('_', ' ')} {value}" for key, value in host.items()
-    )
+def _facts(results: Results) -> Rows:
+    """The same as rows of a table: what, and its value."""
+    common, places = _hosts(results)
+    return [
+        ["begun", results.started],
+        ["command", results.command],
+        ["seed", str(results.seed)],
+        ["commit", results.commit],
+        ["runs", _runs(results)],
+        *([key, value] for key, value in common.items()),
+        *([name, _listed(own)] for name, own in places.items()),
+    ]
+
+
+def _runs(results: Results) -> str:
+    disturbed = sum(bool(sample.disturbed) for sample in results.samples)
+    return f"{len(results.samples)} runs, {disturbed} of them disturbed by others"
+
+
+def _hosts(results: Results) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
+    """Conditions that all targets share, and those of each; by their names."""
+    hosts = {
+        target: {key.removeprefix(PREFIX).replace("_", " "): value for key, value in host.items()}
+        for target, host in results.hosts.items()
+    }
+    first = next(iter(hosts.values()), {})
+    common = {
+        key: value
+        for key, value in first.items()
+        if all(host.get(key) == value for host in hosts.values())
+    }
+    own = {
+        target: {key: value for key, value in host.items() if key not in common}
+        for target, host in hosts.items()
+    }
+    return common, own
+
+
+def _listed(conditions: dict[str, str]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in conditions.items())
 
 
 def _rows(results: Results, target: str, workload: str, kind: str) -> Rows:
@@ -188,22 +231,27 @@ def _page(results: Results, sections: Sequence[tuple[str, Rows]], targets: Rows)
         '<!doctype html><html lang="en"><head><meta charset="utf-8">',
         f"<title>uringmig beside QEMU and fio</title><style>{_STYLE}</style></head><body>",
         "<h1>uringmig beside QEMU and fio</h1>",
-        f"<p>{html.escape(_made(results))}</p><p>{html.escape(_NOTES)}</p>",
+        _html_table(["target", "measured", ""], targets, style="words"),
+        _html_table(_SUMMARY_COLUMNS, _summary(results), style="words"),
+        f"<p>{html.escape(_SUMMARY_NOTE)}</p>",
+        "<h2>Machine and run</h2>",
+        _html_table(["what", "value"], _facts(results), style="words facts"),
         "<h2>Guests</h2>",
-        _html_table(["guest", "memory"], guests),
-        "<h2>Targets</h2>",
-        _html_table(["target", "measured", ""], targets),
+        _html_table(["guest", "memory"], guests, style="words facts"),
         "<h2>Pictures</h2><!-- pictures --><h2>Tables</h2>",
+        f"<p>{html.escape(_NOTES)}</p>",
     ]
     for title, rows in sections:
         parts += [f"<h3>{html.escape(title)}</h3>", _html_table(_COLUMNS, rows)]
     return "".join([*parts, "</body></html>\n"])
 
 
-def _html_table(header: Sequence[str], rows: Rows) -> str:
+def _html_table(header: Sequence[str], rows: Rows, *, style: str = "numbers") -> str:
+    """A table; ``words`` are lines that may be wrapped, ``numbers`` scroll if they must."""
+
     def line(cells: Sequence[str], tag: str) -> str:
         inside = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
         return f"<tr>{inside}</tr>"
 
     body = "".join(line(row, "td") for row in rows)
-    return f'<div class="wide"><table>{line(header, "th")}{body}</table></div>'
+    return f'<div class="wide"><table class="{style}">{line(header, "th")}{body}</table></div>'

@@ -84,7 +84,16 @@ def _rounds(results: Results, workload: str) -> list[Sample]:
 
 
 def is_ours(sample: Sample) -> bool:
-    """Our writer as it is meant to be used: io_uring, O_DIRECT, no manifest, from the RAM file."""
+    """Our writer at its best: io_uring, O_DIRECT, from the RAM file, and no manifest."""
+    return _is_our_writer(sample) and not sample.settings["manifest"]
+
+
+def is_as_delivered(sample: Sample) -> bool:
+    """What a user gets who sets nothing: every default, and with that the manifest."""
+    return _is_our_writer(sample) and _has_defaults(sample) and bool(sample.settings["manifest"])
+
+
+def _is_our_writer(sample: Sample) -> bool:
     settings = sample.settings
     return (
         sample.group == "uringmig"
@@ -92,7 +101,6 @@ def is_ours(sample: Sample) -> bool:
         and settings["engine"] == "io_uring"
         and settings["direct"] != "off"
         and settings["route"] == "file"
-        and not settings["manifest"]
         and not settings["rate"]
         and bool(settings["bridge"])
     )
@@ -103,7 +111,11 @@ def _is_one_channel(sample: Sample) -> bool:
 
 
 def _is_default(sample: Sample) -> bool:
-    return is_ours(sample) and all(
+    return is_ours(sample) and _has_defaults(sample)
+
+
+def _has_defaults(sample: Sample) -> bool:
+    return all(
         sample.settings[name] == getattr(_DEFAULTS, name)
         for name in ("channels", "depth", "block_size", "bridge")
     )
