@@ -43,7 +43,7 @@ body { font: 15px/1.45 system-ui, sans-serif; max-width: 72em; margin: 2em auto;
 table { border-collapse: collapse; margin: 1em 0; font-size: 13px; }
 td, th { border: 1px solid #ccc; padding: 2px 7px; text-align: right; white-space: nowrap; }
 td:first-child, th:first-child { text-align: left; }
-.words td, .words th { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+.words td, .words th { text-align: left; white-space: normal; overflow-wrap: break-word; }
 .words td:first-child { min-width: 16em; }
 .words td:last-child { min-width: 4em; }
 .facts td:first-child { white-space: nowrap; min-width: 0; }

@@ -26,7 +26,14 @@ def run(name: str, *arguments: object) -> str:
 
 
 def test_all_are_found() -> None:
-    assert BENCHES == ["bench_digest", "bench_plan", "bench_progress", "bench_ring", "bench_scan"]
+    assert BENCHES == [
+        "bench_digest",
+        "bench_plan",
+        "bench_progress",
+        "bench_ring",
+        "bench_scan",
+        "bench_startup",
+    ]
 
 
 @pytest.mark.parametrize("name", BENCHES)
