@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perf.micro import Micro, TimeFunction
-from uringmig import digest
+from uringmig.image import digest
 from uringmig.options import PAGE_SIZE, WINDOW_BYTES
 from uringmig.storage.buffers import aligned_buffer
 from uringmig.testing.guests import fill_guest

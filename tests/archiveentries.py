@@ -10,13 +10,14 @@ from typing import Any
 
 from smallguests import MIB, OPTIONS, PWRITE, Memories, make_guest, ramblocks_of
 
-from uringmig import MappedRamReader, MappedRamWriter, digest, manifest
+from uringmig import MappedRamReader, MappedRamWriter
 from uringmig.archive.catalogue import Damage
 from uringmig.archive.cold import open_cold, write_cold
 from uringmig.archive.directory import Archive
 from uringmig.archive.entry import Entry
 from uringmig.archive.tier import EntryLabel
 from uringmig.contents.mappedram import MappedRamContents
+from uringmig.image import digest, manifest
 from uringmig.storage.publication import Publication
 
 KIB = 1 << 10

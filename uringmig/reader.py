@@ -20,7 +20,7 @@ from uringmig.errors import FormatError, StateError
 from uringmig.format.device_state import DeviceState
 from uringmig.format.headers import Configuration
 from uringmig.format.layout import BlockLayout
-from uringmig.image import ParsedImage, parse_image, read_bitmap
+from uringmig.image.parse import ParsedImage, parse_image, read_bitmap
 from uringmig.iobatch import IoPlan
 from uringmig.memory.array import BufferMemory
 from uringmig.memory.source import MemorySink

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uringmig.format.layout import BlockLayout
-from uringmig.manifest import Manifest, ManifestBlock, Settings
+from uringmig.image.manifest import Manifest, ManifestBlock, Settings
 from uringmig.options import WriteOptions
 from uringmig.progress import TimeAccount
 from uringmig.scan import SavedBlock

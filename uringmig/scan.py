@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from uringmig import digest
 from uringmig.format.layout import BlockLayout
+from uringmig.image import digest
 from uringmig.iobatch import IoPlan
 from uringmig.memory.source import Extents, MemorySource
 from uringmig.options import PAGE_SIZE, WINDOW_BYTES, WriteOptions

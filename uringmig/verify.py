@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from uringmig import digest, manifest
 from uringmig.errors import MismatchError, StorageError
-from uringmig.image import stream_digest
+from uringmig.image import digest, manifest
+from uringmig.image.parse import stream_digest
 from uringmig.iobatch import IoPlan
 from uringmig.options import PAGE_SIZE, WINDOW_BYTES, ReadOptions
 from uringmig.pages import bitmap

@@ -18,14 +18,14 @@ from typing import Final, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from uringmig import manifest
 from uringmig.channel import ChannelFile, Pacer, needs_bounce, run_round
 from uringmig.errors import StateError
 from uringmig.format.compose import compose_setup
 from uringmig.format.device_state import DeviceState
 from uringmig.format.headers import Configuration
 from uringmig.format.layout import ImageLayout, plan_layout
-from uringmig.image import parse_image, stream_digest
+from uringmig.image import manifest
+from uringmig.image.parse import parse_image, stream_digest
 from uringmig.memory.array import BufferMemory
 from uringmig.memory.source import MemorySource
 from uringmig.options import PAGE_SIZE, WINDOW_BYTES, WriteOptions

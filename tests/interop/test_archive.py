@@ -16,7 +16,7 @@ from uringmig.archive.entry import Entry
 from uringmig.archive.hot import write_hot
 from uringmig.archive.tier import EntryLabel
 from uringmig.contents.opening import open_contents
-from uringmig.manifest import Tier
+from uringmig.image.manifest import Tier
 
 TIERS = pytest.mark.parametrize("tier", ["hot", "cold"])
 

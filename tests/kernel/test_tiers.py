@@ -28,7 +28,7 @@ from uringmig.archive.tier import EntryLabel, TierResult
 from uringmig.contents.mappedram import MappedRamContents
 from uringmig.contents.plainfile import PlainFileContents
 from uringmig.contents.streaming import plain_pieces
-from uringmig.manifest import ArchiveFields, ColdManifest, decode, decode_cold
+from uringmig.image.manifest import ArchiveFields, ColdManifest, decode, decode_cold
 from uringmig.storage.choice import EngineChoice
 
 ENGINES = pytest.mark.parametrize("engine", [PWRITE, RING], ids=lambda choice: choice.name)

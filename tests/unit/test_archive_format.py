@@ -9,7 +9,7 @@ import msgspec
 
 import uringmig.archive
 from uringmig.archive import catalogue, directory, entry
-from uringmig.manifest import ArchiveFields
+from uringmig.image.manifest import ArchiveFields
 
 TEXT = Path(uringmig.archive.__file__).with_name("FORMAT.md").read_text()
 

@@ -21,10 +21,10 @@ from uringmig.archive.coldformat import (
     read_header,
     read_index,
 )
-from uringmig.digest import bytes_digest
 from uringmig.errors import FormatError
 from uringmig.format.device_state import DeviceState
 from uringmig.format.headers import Configuration
+from uringmig.image.digest import bytes_digest
 from uringmig.options import WINDOW_BYTES
 from uringmig.units import MiB
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from uringmig import digest, manifest
 from uringmig.errors import FormatError
+from uringmig.image import digest, manifest
 
 SAMPLE = manifest.Manifest(
     created="2026-01-01T00:00:00+00:00",

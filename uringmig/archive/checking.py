@@ -24,7 +24,7 @@ from uringmig.archive.entry import Entry
 from uringmig.archive.opening import OpenedEntry, open_entry
 from uringmig.contents.source import Row, all_rows, row_length
 from uringmig.errors import BytesError, StateError, StorageError, UringmigError
-from uringmig.manifest import Tier
+from uringmig.image.manifest import Tier
 from uringmig.options import ReadOptions
 from uringmig.progress import ProgressCallback, Snapshot
 

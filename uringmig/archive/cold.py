@@ -20,7 +20,6 @@ import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
-from uringmig import manifest
 from uringmig.archive.coldformat import (
     FRAME_BYTES_MAX,
     HEADER_BYTES,
@@ -37,8 +36,9 @@ from uringmig.archive.intake import NOTHING, Held, Intake
 from uringmig.archive.partialcopy import PartialCopy
 from uringmig.archive.tier import LIVE_KINDS, CopiedGuest, EntryLabel, TierResult, describe_entry
 from uringmig.contents.source import Contents, Row
-from uringmig.digest import DIGEST_BYTES, bytes_digest, window_digest
 from uringmig.errors import StateError
+from uringmig.image import manifest
+from uringmig.image.digest import DIGEST_BYTES, bytes_digest, window_digest
 from uringmig.iobatch import IoPlan
 from uringmig.options import (
     COLD_LEVEL,

@@ -17,12 +17,12 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from uringmig.digest import DIGEST_BYTES, bytes_digest
 from uringmig.errors import FormatError, StateError
 from uringmig.format import constants as c
 from uringmig.format.cursor import BE32, BE64, Cursor, StarvedError
 from uringmig.format.headers import Configuration, at_most, equal, pack_lstr
 from uringmig.format.layout import plan_layout
+from uringmig.image.digest import DIGEST_BYTES, bytes_digest
 from uringmig.options import PAGE_SIZE, WINDOW_BYTES
 from uringmig.pages import bitmap
 from uringmig.units import MiB, align_up, is_aligned

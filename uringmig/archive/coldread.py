@@ -12,7 +12,6 @@ import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
-from uringmig import digest
 from uringmig.archive.coldformat import (
     FRAME_BYTES_MAX,
     HEADER_BYTES,
@@ -29,6 +28,7 @@ from uringmig.contents.windowstream import extents_of, read_windows, zero_memory
 from uringmig.errors import FormatError, MismatchError
 from uringmig.format.device_state import DeviceState
 from uringmig.format.headers import Configuration
+from uringmig.image import digest
 from uringmig.iobatch import IoPlan
 from uringmig.options import PAGE_SIZE, WINDOW_BYTES, ReadOptions
 from uringmig.pages import bitmap

@@ -17,9 +17,9 @@ from typing import Annotated, Final, Literal
 
 import msgspec
 
-from uringmig.digest import DIGEST_BYTES, bytes_digest
 from uringmig.errors import FormatError
 from uringmig.format.cursor import BE32
+from uringmig.image.digest import DIGEST_BYTES, bytes_digest
 from uringmig.options import PAGE_SIZE, WINDOW_BYTES
 from uringmig.units import MiB
 

@@ -18,7 +18,7 @@ from uringmig.archive.partialcopy import PartialCopy
 from uringmig.archive.tier import CopiedGuest, TierResult
 from uringmig.channel import ChannelFile, WindowWork, run_round
 from uringmig.contents.source import Row, window_of
-from uringmig.manifest import ArchiveFields, ArchiveManifest, Settings, encode
+from uringmig.image.manifest import ArchiveFields, ArchiveManifest, Settings, encode
 from uringmig.options import WriteOptions
 from uringmig.progress import ChannelCounters, Phase, ProgressCallback, account, take_snapshot
 from uringmig.result import describe_seconds, describe_settings

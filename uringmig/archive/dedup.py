@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from uringmig.archive.intake import Held
 from uringmig.errors import FormatError, StorageError
 from uringmig.format.layout import ImageLayout
-from uringmig.image import parse_image
+from uringmig.image.parse import parse_image
 from uringmig.options import PAGE_SIZE, WINDOW_BYTES, DirectMode
 from uringmig.storage.directfile import open_direct
 from uringmig.storage.engine import Operation

@@ -37,8 +37,8 @@ from uringmig.archive.healing import (
     sync_folder,
 )
 from uringmig.errors import BytesError, StateError, StorageError
-from uringmig.manifest import SUFFIX as MANIFEST_SUFFIX
-from uringmig.manifest import Tier
+from uringmig.image.manifest import SUFFIX as MANIFEST_SUFFIX
+from uringmig.image.manifest import Tier
 from uringmig.storage.publication import PARTIAL
 
 _LOCK: Final = ".lock"

@@ -17,9 +17,9 @@ from typing import Final, Literal, get_args
 
 import msgspec
 
-from uringmig import manifest
 from uringmig.errors import FormatError, MismatchError, StateError, StorageError
-from uringmig.manifest import HexDigest, Label, Size, Tier, Whereabouts
+from uringmig.image import manifest
+from uringmig.image.manifest import HexDigest, Label, Size, Tier, Whereabouts
 
 #: What an image's file is called after its entry's name.
 SUFFIXES: Final[dict[Tier, str]] = {"hot": ".mig", "cold": ".cold"}

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from uringmig import manifest
 from uringmig.archive.catalogue import Catalogue, Row, manifest_stamp
 from uringmig.archive.entry import (
     JOURNAL_SUFFIX,
@@ -24,6 +23,7 @@ from uringmig.archive.entry import (
     split_image_name,
 )
 from uringmig.errors import BytesError, StorageError
+from uringmig.image import manifest
 from uringmig.storage.publication import PARTIAL
 
 _SIDECAR_PARTIAL = manifest.SUFFIX + PARTIAL

@@ -14,7 +14,6 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from uringmig import digest, manifest
 from uringmig.archive.copyjournal import BITS_BYTES, Chunk
 from uringmig.archive.copyrun import CopyRun
 from uringmig.archive.dedup import SlotReader, clone_pages, previous_identity, shared_bytes
@@ -24,7 +23,8 @@ from uringmig.archive.tier import LIVE_KINDS, CopiedGuest, EntryLabel, TierResul
 from uringmig.contents.source import Contents, Row
 from uringmig.format.compose import compose_setup
 from uringmig.format.layout import ImageLayout, plan_layout
-from uringmig.image import parse_image, stream_digest
+from uringmig.image import digest, manifest
+from uringmig.image.parse import parse_image, stream_digest
 from uringmig.iobatch import IoPlan
 from uringmig.options import PAGE_SIZE, WINDOW_BYTES, WriteOptions
 from uringmig.pages import bitmap

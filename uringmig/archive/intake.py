@@ -16,10 +16,10 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from uringmig import digest
 from uringmig.archive.tier import LIVE_KINDS
 from uringmig.contents.source import Contents, Row, WindowRead
 from uringmig.errors import StateError
+from uringmig.image import digest
 from uringmig.iobatch import IoPlan
 from uringmig.memory.source import Extents
 from uringmig.options import PAGE_SIZE

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from uringmig import digest, manifest
 from uringmig.archive.coldread import open_cold
 from uringmig.archive.entry import Entry, read_manifest
 from uringmig.contents.mappedram import MappedRamContents
 from uringmig.contents.source import Contents, Row, WindowRead
 from uringmig.contents.streaming import Digests, window_digest
 from uringmig.errors import FormatError, MismatchError
+from uringmig.image import digest, manifest
 from uringmig.options import WINDOW_BYTES, ReadOptions
 from uringmig.verify import compare_shape, compare_stream, differing_chunk
 

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from uringmig import manifest
 from uringmig.archive import copyjournal
 from uringmig.archive.copyjournal import Chunk, Journal, JournalHeader
 from uringmig.errors import FormatError, StorageError
+from uringmig.image import manifest
 from uringmig.options import DirectMode
 from uringmig.storage.mainfile import MainFile
 from uringmig.storage.target import NamedTarget

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-from uringmig import manifest
 from uringmig.archive.directory import Archive
 from uringmig.archive.hot import write_hot
 from uringmig.archive.opening import CheckedContents, open_entry
 from uringmig.archive.tier import EntryLabel
 from uringmig.contents.streaming import plain_pieces
 from uringmig.errors import StateError
+from uringmig.image import manifest
 from uringmig.options import PAGE_SIZE, WINDOW_BYTES, ReadOptions, WriteOptions
 from uringmig.progress import ChannelCounters, Phase, ProgressCallback, take_snapshot
 from uringmig.qemu.monitor import Monitor

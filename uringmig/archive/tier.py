@@ -11,11 +11,11 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from uringmig import digest
 from uringmig.archive.copyjournal import Chunk
 from uringmig.contents.source import Contents, ContentsBlock, Row, all_rows, window_of
 from uringmig.format.layout import bitmap_length
-from uringmig.manifest import ArchiveFields, ArchiveManifest, Tier
+from uringmig.image import digest
+from uringmig.image.manifest import ArchiveFields, ArchiveManifest, Tier
 from uringmig.options import PAGE_SIZE
 from uringmig.pages import bitmap
 

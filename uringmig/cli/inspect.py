@@ -8,12 +8,12 @@ from pathlib import Path
 
 import typer
 
-from uringmig import manifest
 from uringmig.cli import parameters
 from uringmig.cli.output import Output
 from uringmig.cli.runlengths import RunLengths, run_lengths
 from uringmig.cli.session import session_of
 from uringmig.format.constants import MAPPED_RAM_FILE_OFFSET_ALIGNMENT
+from uringmig.image import manifest
 from uringmig.options import PAGE_SIZE, ReadOptions
 from uringmig.reader import BlockInfo, MappedRamReader
 from uringmig.units import format_size, is_aligned

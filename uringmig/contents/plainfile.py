@@ -35,7 +35,7 @@ from uringmig.format.mainstream import MainStreamReader
 from uringmig.format.plainrecords import ABSENT, PageIndex
 from uringmig.format.plainstate import PlainState
 from uringmig.format.plainstream import read_opening
-from uringmig.image import MEMORY_BYTES_MAX, read_description
+from uringmig.image.parse import MEMORY_BYTES_MAX, read_description
 from uringmig.iobatch import IoPlan
 from uringmig.options import PAGE_SIZE, WINDOW_BYTES, ReadOptions
 from uringmig.pages.runs import PageRuns

@@ -6,8 +6,8 @@ import os
 from dataclasses import dataclass
 from typing import Self
 
-from uringmig.digest import StreamDigest
 from uringmig.errors import MismatchError
+from uringmig.image.digest import StreamDigest
 from uringmig.storage.mainfile import MainFile
 
 

@@ -11,10 +11,10 @@ from collections.abc import Collection, Generator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from uringmig import digest
 from uringmig.contents.source import Contents, WindowRead, all_rows
 from uringmig.errors import MismatchError
 from uringmig.format.plainstream import PlainComposer
+from uringmig.image import digest
 from uringmig.options import PAGE_SIZE, WINDOW_BYTES
 from uringmig.pages.zero import nonzero_pages
 

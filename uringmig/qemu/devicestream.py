@@ -32,7 +32,7 @@ from uringmig.format.events import (
 )
 from uringmig.format.headers import Configuration
 from uringmig.format.mainstream import MainStreamReader
-from uringmig.image import read_description
+from uringmig.image.parse import read_description
 from uringmig.options import PAGE_SIZE
 from uringmig.storage.buffers import aligned_buffer
 from uringmig.storage.mainfile import MainFile

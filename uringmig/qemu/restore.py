@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uringmig.errors import MismatchError, PeerError, StateError
-from uringmig.image import parse_image, read_bitmap
+from uringmig.image.parse import parse_image, read_bitmap
 from uringmig.memory.mapping import FileMemory
 from uringmig.memory.source import MemorySource
 from uringmig.options import PAGE_SIZE, WINDOW_BYTES, DirectMode

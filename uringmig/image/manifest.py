@@ -9,8 +9,8 @@ from typing import Annotated, Final, Literal, TypeVar
 
 import msgspec
 
-from uringmig import digest
 from uringmig.errors import FormatError
+from uringmig.image import digest
 from uringmig.options import WINDOW_BYTES
 from uringmig.units import MiB
 

@@ -12,7 +12,6 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from uringmig.digest import StreamDigest
 from uringmig.errors import FormatError, StateError
 from uringmig.format.constants import TAIL_BYTES_MAX, VMDESCRIPTION_BYTES_MAX
 from uringmig.format.cursor import BE32
@@ -28,6 +27,7 @@ from uringmig.format.headers import Configuration
 from uringmig.format.layout import BlockLayout
 from uringmig.format.mainstream import MainStreamReader
 from uringmig.format.vmdescription import VmDescription, find_vmdescription
+from uringmig.image.digest import StreamDigest
 from uringmig.pages import bitmap
 from uringmig.storage.mainfile import READ_BYTES, MainFile
 from uringmig.units import MiB, TiB

@@ -1,0 +1,1 @@
+"""One mapped-ram image: its stream parsed, its manifest and digests."""
