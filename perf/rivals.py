@@ -175,7 +175,7 @@ class Ours:
             "channels": self.channels,
             "depth": self.depth,
             "block_size": self.block_size,
-            "bridge": min(self.bridge, self.block_size),
+            "bridge": self.bridge,
             "engine": self.engine,
             "direct": self.direct if task.direct else "off",
             "rate": self.rate,

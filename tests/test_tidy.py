@@ -113,6 +113,12 @@ ARROWS: Final[dict[str, tuple[str, ...]]] = {
 #: The two that ask C liburing for a ring: one to use it, one to know beforehand whether it could.
 LIBURING_USERS: Final = frozenset({"storage.ring", "storage.choice"})
 
+#: Who may make options of single settings: each of the others would forget one of them one day.
+OPTIONS_MAKERS: Final = frozenset(
+    ["options", "cli.parameters", "batch.job", "cli.inspect", "bench.directory"]
+)
+OPTIONS_CLASSES: Final = frozenset(["TransferOptions", "WriteOptions", "ReadOptions"])
+
 MODULE_LINES_MAX: Final = 500
 TEST_LINES_MAX: Final = 700
 FUNCTION_LINES_MAX: Final = 70
@@ -261,6 +267,17 @@ def liburing_has_one_door(module: Module) -> Iterator[str]:
                     yield f"{node.lineno}: only storage/liburing.py loads liburing"
 
 
+def options_are_made_in_one_place(module: Module) -> Iterator[str]:
+    if not module.in_package or module.name in OPTIONS_MAKERS:
+        return
+    for node in ast.walk(module.tree):
+        if not (isinstance(node, ast.Call) and (node.args or node.keywords)):
+            continue
+        name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
+        if name in OPTIONS_CLASSES:
+            yield f"{node.lineno}: {name} made of single settings; use those there are, or .like()"
+
+
 def sizes_are_bounded(module: Module) -> Iterator[str]:
     limit = MODULE_LINES_MAX if module.in_package else TEST_LINES_MAX
     count = len(module.source.splitlines())
@@ -312,6 +329,7 @@ RULES: Final[tuple[Callable[[Module], Iterator[str]], ...]] = (
     arrows_hold,
     pure_stays_pure,
     liburing_has_one_door,
+    options_are_made_in_one_place,
     sizes_are_bounded,
     only_output_prints,
     errors_have_names,
@@ -364,6 +382,8 @@ BAD: Final[list[tuple[Callable[[Module], Iterator[str]], str, str]]] = [
     (liburing_has_one_door, "storage.pwrite", "lib = ctypes.CDLL('liburing-ffi.so.2')"),
     (liburing_has_one_door, "storage.pwrite", "lib = find_library('uring')"),
     (liburing_has_one_door, "storage.choice", "lib = importlib.import_module('liburing.liburing')"),
+    (options_are_made_in_one_place, "batch.attempt", "o = ReadOptions(depth=job.depth)"),
+    (options_are_made_in_one_place, "cli.save", "o = options.WriteOptions(**settings)"),
     (sizes_are_bounded, "plan", "\n" * (MODULE_LINES_MAX + 1)),
     (sizes_are_bounded, "plan", LONG),
     (sizes_are_bounded, "plan", "async " + LONG),
@@ -389,6 +409,8 @@ GOOD: Final[list[tuple[Callable[[Module], Iterator[str]], str, str]]] = [
     (pure_stays_pure, "format.headers", "import struct"),
     (liburing_has_one_door, "storage.ring", "from uringmig.storage import liburing"),
     (liburing_has_one_door, "cli.output", "print('install liburing 2.4 or newer')"),
+    (options_are_made_in_one_place, "writer", "o = WriteOptions()\np = o.like(ReadOptions)"),
+    (options_are_made_in_one_place, "cli.parameters", "o = ReadOptions(depth=depth)"),
     (sizes_are_bounded, "plan", LONG.replace("    pass\n", "", 1)),
     (only_output_prints, "cli.output", "print('x')"),
     (errors_have_names, "plan", "raise ValueError('x')"),

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Final, Literal, get_args
+from dataclasses import dataclass, fields
+from typing import Final, Literal, TypeVar, get_args
 
 from uringmig.errors import StateError
 from uringmig.units import KiB, MiB, is_aligned
 
 EngineName = Literal["auto", "io_uring", "pwrite"]
 DirectMode = Literal["required", "preferred", "off"]
+Kind = TypeVar("Kind", bound="TransferOptions")
 
 #: Target page size of x86 guests; QEMU's TARGET_PAGE_SIZE, the unit of bitmaps and slots.
 PAGE_SIZE: Final = 4 * KiB
@@ -40,7 +41,8 @@ class TransferOptions:
         block_size: largest request in bytes, a multiple of the page size.
         engine: ``io_uring``, ``pwrite``, or ``auto`` (io_uring where it can be had).
         direct: O_DIRECT ``required``, ``preferred`` or ``off``.
-        bridge: a gap of unwanted pages shorter than this many bytes does not split a request.
+        bridge: a gap of unwanted pages shorter than this many bytes does not split a request; never
+            more than ``block_size``, to which a larger one is cut, so that no caller has to know.
         rate: limit in bytes per second over all channels; 0 is none.
     """
 
@@ -53,7 +55,7 @@ class TransferOptions:
     rate: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse values out of range.
+        """Refuse values out of range, and fit the bridge to the block.
 
         Raises:
             StateError: names the option, the value and what is allowed.
@@ -61,7 +63,8 @@ class TransferOptions:
         _in_range("channels", self.channels, 1, CHANNELS_MAX)
         _in_range("depth", self.depth, 1, DEPTH_MAX)
         _in_range("block_size", self.block_size, PAGE_SIZE, WINDOW_BYTES)
-        _in_range("bridge", self.bridge, 0, self.block_size)
+        _in_range("bridge", self.bridge, 0, WINDOW_BYTES)
+        object.__setattr__(self, "bridge", min(self.bridge, self.block_size))  # it is frozen
         _in_range("rate", self.rate, 0, 1 << 62)
         if not is_aligned(self.block_size, PAGE_SIZE):
             raise StateError(f"block_size {self.block_size} is not a multiple of {PAGE_SIZE}")
@@ -69,6 +72,10 @@ class TransferOptions:
             raise StateError(f"engine {self.engine!r} is none of {', '.join(get_args(EngineName))}")
         if self.direct not in get_args(DirectMode):
             raise StateError(f"direct {self.direct!r} is none of {', '.join(get_args(DirectMode))}")
+
+    def like(self, kind: type[Kind]) -> Kind:
+        """The same settings for the other direction; what only ``kind`` has is its default."""
+        return kind(**{field.name: getattr(self, field.name) for field in fields(TransferOptions)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

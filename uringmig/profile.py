@@ -67,10 +67,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         changes: dict[str, Any] = {
             name: getattr(self, name) for name in self.__struct_fields__ if name not in explicit
         }
-        # A smaller block that was asked for takes the bridge down with it.
-        block_size = changes.get("block_size", options.block_size)
-        if "bridge" in changes:
-            changes["bridge"] = min(self.bridge, block_size)
         return replace(options, **changes)
 
 

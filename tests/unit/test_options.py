@@ -33,19 +33,19 @@ def test_manifest_is_on_by_default() -> None:
         ("channels", 1, 255),
         ("depth", 1, 4096),
         ("block_size", 4096, 4 << 20),
-        ("bridge", 0, 1 << 20),
+        ("bridge", 0, 4 << 20),
         ("rate", 0, 1 << 62),
     ],
 )
 def test_range_includes_its_ends_and_nothing_beyond(
     kind: type[TransferOptions], name: str, least: int, most: int
 ) -> None:
-    # A bridge may be no longer than a block, so the smallest block goes with none.
-    others: dict[str, Any] = {"bridge": 0} if name == "block_size" else {}
+    # A bridge is no longer than a block, so the longest goes with the largest.
+    others: dict[str, Any] = {"block_size": 4 << 20} if name == "bridge" else {}
     for value in (least, most):
         assert getattr(kind(**others | {name: value}), name) == value
     for value in (least - 1, most + 1):
-        with pytest.raises(StateError, match=name) as caught:
+        with pytest.raises(StateError, match=f"^{name} ") as caught:
             kind(**others | {name: value})
         assert str(value) in str(caught.value)
 
@@ -53,13 +53,33 @@ def test_range_includes_its_ends_and_nothing_beyond(
 @KIND
 def test_block_size_is_whole_pages(kind: type[TransferOptions]) -> None:
     with pytest.raises(StateError, match=r"block_size 6144 .* 4096"):
-        kind(block_size=6144, bridge=0)
+        kind(block_size=6144)
 
 
 @KIND
-def test_bridge_is_no_longer_than_a_block(kind: type[TransferOptions]) -> None:
-    with pytest.raises(StateError, match="bridge"):
-        kind(block_size=8192, bridge=8193)
+@pytest.mark.parametrize("block_size", [4096, 8192, 16384, 1 << 20])
+def test_any_block_size_goes_with_any_bridge(kind: type[TransferOptions], block_size: int) -> None:
+    """Whoever gives one of the two, also by `replace`, need not know of the other."""
+    assert kind(block_size=block_size).bridge == min(16 << 10, block_size)
+    assert kind(block_size=block_size, bridge=4 << 20).bridge == block_size
+    assert dataclasses.replace(kind(), block_size=block_size).bridge == min(16 << 10, block_size)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [(ReadOptions, WriteOptions), (WriteOptions, ReadOptions)]
+)
+def test_the_other_direction_drops_no_setting(
+    one: type[TransferOptions], other: type[TransferOptions]
+) -> None:
+    """Every field that both directions have, present and future: none at its default here."""
+    given = {"channels": 3, "depth": 5, "block_size": 8192, "engine": "pwrite", "direct": "off"}
+    options = one(**given, bridge=4096, rate=7)  # type: ignore[arg-type]
+    taken_over = options.like(other)
+    assert type(taken_over) is other
+    for field in dataclasses.fields(TransferOptions):
+        value = getattr(options, field.name)
+        assert value != field.default, field.name
+        assert getattr(taken_over, field.name) == value
 
 
 @KIND

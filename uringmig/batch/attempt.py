@@ -96,13 +96,7 @@ def open_source(job: Job) -> Contents:
     Raises:
         UringmigError: it cannot be read.
     """
-    options = ReadOptions(
-        channels=job.channels,
-        depth=job.depth,
-        block_size=job.block_size,
-        engine=job.engine,
-        direct=job.direct,
-    )
+    options = job.options(rate=0).like(ReadOptions)
     match job.source:
         case ImageSource(image, offset):
             if not offset and is_cold(image):
@@ -212,9 +206,7 @@ def _read_back(order: Archive, tell: ProgressCallback) -> None:
         MismatchError: the first difference, with its place.
     """
     job, image = order.job, Path(order.image)
-    options = ReadOptions(
-        channels=job.channels, depth=job.depth, block_size=job.block_size, rate=order.rate
-    )
+    options = job.options(rate=order.rate).like(ReadOptions)
     try:
         if job.tier == "cold":
             with open_cold(image, options=options) as contents:

@@ -110,7 +110,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
             block_size=self.block_size,
             engine=self.engine,
             direct=self.direct,
-            bridge=min(self.bridge, self.block_size),
+            bridge=self.bridge,
             rate=min(filter(None, (self.rate, rate)), default=0),
         )
 

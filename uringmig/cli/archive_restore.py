@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -13,15 +13,13 @@ from uringmig.archive.restoring import RestoreResult, restore_file, restore_into
 from uringmig.cli import parameters
 from uringmig.cli.session import Session, session_of
 from uringmig.errors import StateError
-from uringmig.options import ReadOptions, TransferOptions, WriteOptions
+from uringmig.options import ReadOptions, WriteOptions
 from uringmig.qemu.monitor import Monitor
 from uringmig.qemu.streamload import StreamLoad
 from uringmig.units import format_size
 
-#: Options that hold for both ends of a copy.
-_SHARED: Final = tuple(field.name for field in fields(TransferOptions))
 
-
+@parameters.takes_options(ReadOptions)
 def restore(
     context: typer.Context,
     archive: parameters.ArchiveFolder,
@@ -46,12 +44,8 @@ def restore(
         Literal["cont", "leave"],
         typer.Option("--then", help="Afterwards let the guest run, or leave it as QEMU has it."),
     ] = "leave",
-    channels: parameters.Channels = parameters.READ.channels,
-    depth: parameters.Depth = parameters.READ.depth,
-    block_size: parameters.BlockSize = parameters.READ.block_size,
-    engine: parameters.Engine = parameters.READ.engine,
-    direct: parameters.Direct = parameters.READ.direct,
-    rate: parameters.Rate = parameters.READ.rate,
+    *,
+    options: ReadOptions,
     json: parameters.Json = False,
     quiet: parameters.Quiet = False,
     verbose: parameters.Verbose = False,
@@ -60,27 +54,18 @@ def restore(
     session = session_of(context, json=json, quiet=quiet, verbose=verbose)
     if (out is None) == (qmp is None):
         raise StateError("say where to: a file, or --qmp with the socket of a waiting QEMU")
-    read = ReadOptions(
-        channels=channels,
-        depth=depth,
-        block_size=block_size,
-        engine=engine,
-        direct=direct,
-        rate=rate,
-    )
     with Archive.open(archive, write=False) as opened:
         if qmp is not None:
-            done: RestoreResult | StreamLoad = _into(opened, name, qmp, then, read, session)
+            done: RestoreResult | StreamLoad = _into(opened, name, qmp, then, options, session)
         else:
             assert out is not None
-            write = WriteOptions(**{field: getattr(read, field) for field in _SHARED})
             done = restore_file(
                 opened,
                 name,
                 out,
                 output=output_format,
-                read=read,
-                write=write,
+                read=options,
+                write=options.like(WriteOptions),
                 progress=session.progress,
             )
     for note in done.notes:

@@ -24,6 +24,7 @@ def _share(text: str | float) -> float:
         raise typer.BadParameter(f"not a share: {text!r} (write for example 10%)") from None
 
 
+@parameters.takes_options(ReadOptions)
 def verify(
     context: typer.Context,
     archive: parameters.ArchiveFolder,
@@ -50,12 +51,8 @@ def verify(
             show_default="no limit",
         ),
     ] = None,
-    channels: parameters.Channels = parameters.READ.channels,
-    depth: parameters.Depth = parameters.READ.depth,
-    block_size: parameters.BlockSize = parameters.READ.block_size,
-    engine: parameters.Engine = parameters.READ.engine,
-    direct: parameters.Direct = parameters.READ.direct,
-    rate: parameters.Rate = parameters.READ.rate,
+    *,
+    options: ReadOptions,
     json: parameters.Json = False,
     quiet: parameters.Quiet = False,
     verbose: parameters.Verbose = False,
@@ -63,14 +60,6 @@ def verify(
     """Compare the entries of an archive with their manifests, chunk by chunk."""
     session = session_of(context, json=json, quiet=quiet, verbose=verbose)
     output = session.output
-    options = ReadOptions(
-        channels=channels,
-        depth=depth,
-        block_size=block_size,
-        engine=engine,
-        direct=direct,
-        rate=rate,
-    )
     with Archive.open(archive, write=False) as opened:
         report = verify_archive(
             opened,

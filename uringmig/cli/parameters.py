@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import typer
 
 from uringmig.cli.jobfile import archive_of
+from uringmig.cli.session import session_of
 from uringmig.errors import StateError
-from uringmig.options import DirectMode, EngineName, ReadOptions, WriteOptions
+from uringmig.options import DirectMode, EngineName, Kind, ReadOptions, WriteOptions
 from uringmig.units import format_size, parse_duration, parse_size
 
 WRITE: Final = WriteOptions()
@@ -114,3 +118,53 @@ OnlyVm = Annotated[
     str | None,
     typer.Option("--vm", metavar="VM", help="Only entries of this VM.", show_default="all"),
 ]
+
+#: Every option of a transfer: declared here, and made into options by `takes_options`, only.
+_TRANSFER: Final[dict[str, Any]] = {
+    "channels": Channels,
+    "depth": Depth,
+    "block_size": BlockSize,
+    "engine": Engine,
+    "direct": Direct,
+    "rate": Rate,
+}
+#: What every such command has besides.
+_OUTPUT: Final = ("json", "quiet", "verbose")
+
+
+def takes_options(kind: type[Kind]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command every option of a transfer; it gets them as one parameter, ``options``.
+
+    Output is set up before they are made, so that a refusal is told as the command was asked to.
+
+    Args:
+        kind: what ``options`` is.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def wrapper(**named: Any) -> None:
+            given = {name: named.pop(name) for name in _TRANSFER}
+            session_of(named["context"], **{name: named[name] for name in _OUTPUT})
+            command(options=kind(**given), **named)
+
+        signature = inspect.signature(command, eval_str=True)
+        parameters: list[inspect.Parameter] = []
+        for parameter in signature.parameters.values():
+            if parameter.name != "options":
+                parameters.append(parameter)
+                continue
+            parameters += [
+                inspect.Parameter(
+                    name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=getattr(kind(), name),
+                    annotation=annotation,
+                )
+                for name, annotation in _TRANSFER.items()
+            ]
+        # What Typer looks at.
+        wrapper.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        return wrapper
+
+    return decorate

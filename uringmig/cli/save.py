@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,6 +17,7 @@ from uringmig.qemu.sharedram import SharedSave, save_shared
 from uringmig.units import format_size
 
 
+@parameters.takes_options(WriteOptions)
 def save(
     context: typer.Context,
     qmp: parameters.QmpSocket,
@@ -28,12 +30,8 @@ def save(
             show_default="as it was found",
         ),
     ] = None,
-    channels: parameters.Channels = parameters.WRITE.channels,
-    depth: parameters.Depth = parameters.WRITE.depth,
-    block_size: parameters.BlockSize = parameters.WRITE.block_size,
-    engine: parameters.Engine = parameters.WRITE.engine,
-    direct: parameters.Direct = parameters.WRITE.direct,
-    rate: parameters.Rate = parameters.WRITE.rate,
+    *,
+    options: WriteOptions,
     manifest: Annotated[
         bool, typer.Option("--manifest/--no-manifest", help="Write digests beside the image.")
     ] = parameters.WRITE.manifest,
@@ -46,16 +44,7 @@ def save(
     """Save a VM whose RAM is shared memory files (memory-backend-file,share=on)."""
     session = session_of(context, json=json, quiet=quiet, verbose=verbose)
     output = session.output
-    options = WriteOptions(
-        channels=channels,
-        depth=depth,
-        block_size=block_size,
-        bridge=min(parameters.WRITE.bridge, block_size),  # no option, so it must not get in the way
-        engine=engine,
-        direct=direct,
-        rate=rate,
-        manifest=manifest,
-    )
+    options = replace(options, manifest=manifest)
     if profile or profile_file is not None:
         options = tuned(context, output, options, where=out, file=profile_file)
     with Monitor(qmp) as monitor:

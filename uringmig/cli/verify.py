@@ -12,16 +12,13 @@ from uringmig.units import format_size
 from uringmig.verify import verify as verify_image
 
 
+@parameters.takes_options(ReadOptions)
 def verify(
     context: typer.Context,
     file: parameters.ImageFile,
     offset: parameters.Offset = 0,
-    channels: parameters.Channels = parameters.READ.channels,
-    depth: parameters.Depth = parameters.READ.depth,
-    block_size: parameters.BlockSize = parameters.READ.block_size,
-    engine: parameters.Engine = parameters.READ.engine,
-    direct: parameters.Direct = parameters.READ.direct,
-    rate: parameters.Rate = parameters.READ.rate,
+    *,
+    options: ReadOptions,
     json: parameters.Json = False,
     quiet: parameters.Quiet = False,
     verbose: parameters.Verbose = False,
@@ -29,15 +26,6 @@ def verify(
     """Check an image's structure, then its bytes against its manifest if there is one."""
     session = session_of(context, json=json, quiet=quiet, verbose=verbose)
     output = session.output
-    options = ReadOptions(
-        channels=channels,
-        depth=depth,
-        block_size=block_size,
-        bridge=min(parameters.READ.bridge, block_size),  # no option, so it must not get in the way
-        engine=engine,
-        direct=direct,
-        rate=rate,
-    )
     report = verify_image(file, offset=offset, options=options, progress=session.progress)
     missing = report.manifest_path is None
     for note in report.notes:
