@@ -70,10 +70,7 @@ def examine(job: Job) -> Estimate:
     if isinstance(job.source, QmpSource):
         with Monitor(job.source.qmp) as monitor, mapped_memories(monitor) as memories:
             total = sum(memory.length_bytes for memory in memories.values())
-            stored = sum(
-                memory.data_extents(start=0, length=memory.length_bytes).total_bytes
-                for memory in memories.values()
-            )
+            stored = sum(memory.data_bytes() for memory in memories.values())
         return _estimate(job, kind="qmp", total=total, stored=stored, dense=0, ratio=1.0)
     with open_source(job) as contents:
         sizes = [block.used_length for block in contents.blocks]

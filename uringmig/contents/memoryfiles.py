@@ -104,10 +104,7 @@ class MemoryContents:
     def stored_bytes(self) -> int:
         """Bytes that are not holes of their files."""
         self._check_open()
-        return sum(
-            memory.data_extents(start=0, length=memory.length_bytes).total_bytes
-            for memory in self._memories
-        )
+        return sum(memory.data_bytes() for memory in self._memories)
 
     def fingerprint(self) -> str:
         """Text of this opening alone: nothing is ever resumed from memory."""

@@ -53,6 +53,10 @@ class BufferMemory:
         check_range(start=start, length=length, length_bytes=len(self.view))
         return Extents.from_pairs([(start, start + length)] if length else [])
 
+    def data_bytes(self) -> int:
+        """All: any byte of a buffer may be nonzero."""
+        return len(self.view)
+
     def next_data(self, start: int) -> int:
         """Give ``start`` back: any byte of a buffer may be nonzero."""
         check_range(start=start, length=0, length_bytes=len(self.view))

@@ -22,11 +22,13 @@ from numpy.typing import NDArray
 from uringmig.errors import StateError, StorageError
 from uringmig.memory.faultaround import MADV_POPULATE_READ, FaultAround
 from uringmig.memory.source import Extents, check_range
-from uringmig.options import PAGE_SIZE
+from uringmig.options import PAGE_SIZE, WINDOW_BYTES
 from uringmig.units import KiB, align_down, align_up, is_aligned
 
 #: HUGETLBFS_MAGIC, include/uapi/linux/magic.h.
 _HUGETLBFS_MAGIC: Final = 0x958458F6
+#: TMPFS_MAGIC; of memfds, too.
+_TMPFS_MAGIC: Final = 0x01021994
 #: include/uapi/asm-generic/mman.h; the mmap module has no name for it in Python 3.11.
 _MAP_NORESERVE: Final = 0x4000
 #: How much of a huge page is looked at in one go for a nonzero byte; fits the L2 cache.
@@ -70,7 +72,9 @@ class FileMemory:
         self._asking = threading.Lock()
         self._fd = self._open(file, writable)
         try:
-            self._huge_page_bytes = _huge_page_bytes(self._fd)
+            kind, block_bytes = _file_system(self._fd)
+            self._in_memory = kind in (_TMPFS_MAGIC, _HUGETLBFS_MAGIC)
+            self._huge_page_bytes = block_bytes if kind == _HUGETLBFS_MAGIC else 0
             self.length_bytes = self._checked_length(offset, length)
             self._offset = offset
             self._view = self._map(writable)
@@ -158,6 +162,21 @@ class FileMemory:
         except OSError as error:
             raise self._refusal("does not tell its holes", error, offset=first) from error
         return Extents.from_pairs([(a - self._offset, b - self._offset) for a, b in found])
+
+    def data_bytes(self) -> int:
+        """Count what is no hole; see `MemorySource.data_bytes`.
+
+        Files that lie in memory have a count of their pages. Others are asked for their extents,
+        window by window: what they count may be compressed, or another part of the file.
+        """
+        length = len(self.view)
+        status = os.fstat(self._fd)
+        if self._in_memory and (self._offset, length) == (0, status.st_size):
+            return min(length, status.st_blocks * 512)
+        return sum(
+            self.data_extents(start=start, length=min(WINDOW_BYTES, length - start)).total_bytes
+            for start in range(0, length, WINDOW_BYTES)
+        )
 
     def next_data(self, start: int) -> int:
         """Ask SEEK_DATA; see `MemorySource.next_data`. hugetlbfs does not tell, so ``start``."""
@@ -292,10 +311,10 @@ def create_memfd(name: str, length: int, *, hugetlb: bool = False) -> int:
     return fd
 
 
-def _huge_page_bytes(fd: int) -> int:
-    """Give the huge page size of a hugetlbfs file, and 0 for any other."""
+def _file_system(fd: int) -> tuple[int, int]:
+    """Magic number and block size of the file system a file is of; hugetlbfs: of a huge page."""
     # struct statfs begins with f_type and f_bsize, both long, and is shorter than 256 bytes.
     status = (ctypes.c_long * 32)()
     if _LIBC.fstatfs(fd, status) != 0:
         raise StorageError("fstatfs failed", errno=ctypes.get_errno())
-    return status[1] if status[0] == _HUGETLBFS_MAGIC else 0
+    return status[0], status[1]

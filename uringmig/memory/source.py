@@ -105,6 +105,16 @@ class MemorySource(Protocol):
             StorageError: the kernel refused to tell.
         """
 
+    def data_bytes(self) -> int:
+        """Count the bytes that may be nonzero: for plans, so the memory may change meanwhile.
+
+        What it costs, in time and in memory, is not to grow with the number of extents.
+
+        Raises:
+            StateError: it is closed.
+            StorageError: the kernel refused to tell.
+        """
+
     def next_data(self, start: int) -> int:
         """Say from where on bytes may be nonzero: ``start``, or the end of the hole it lies in.
 
