@@ -199,7 +199,7 @@ def test_what_may_pass_is_tried_again_and_what_cannot_is_not(tmp_path: Path) -> 
     assert "trying again" in ended.err
 
 
-def test_pages_of_the_previous_image_are_shared_or_the_reason_is_told(tmp_path: Path) -> None:
+def test_pages_of_the_previous_image_are_shared(tmp_path: Path) -> None:
     with mounted("btrfs", tmp_path, size=256 * MiB) as disk:
         for number in range(2):
             memory = make_image(tmp_path / "vm.mig", pattern="dense", seed=0)
@@ -217,16 +217,26 @@ def test_pages_of_the_previous_image_are_shared_or_the_reason_is_told(tmp_path: 
         archived = job_ends(ended)["vm"]["archived"]
         assert 14 * MiB <= archived["shared_bytes"] <= 15 * MiB + 128 * KiB
         assert len(check_archive(disk / "archive")) == 2
-    with mounted("ext4", tmp_path, size=64 * MiB) as disk:
-        for number in range(2):
+
+
+def test_without_reflink_every_night_has_its_image_and_the_reason_is_told(tmp_path: Path) -> None:
+    """Dedup is an optimisation: the plan says beforehand that it is not to be had, no job fails."""
+    make_image(tmp_path / "vm.mig")
+    with mounted("ext4", tmp_path, size=128 * MiB) as disk:
+        for number in range(3):
             path = write_jobs(
                 tmp_path, job("vm", "image = 'vm.mig'", dedup=True, archive=str(disk / "archive")),
                 defaults=f'entry = "vm-{number}"',
             )  # fmt: skip
+            planned = uringmig("archive", "run", "--dry-run", path)
+            assert planned.code == 1, planned.err
+            assert "nothing will be shared" in planned.err
+            assert "has no reflink" in planned.err
             ended = run_jobs(path)
-        assert ended.code == 5
-        assert "reflink" in job_ends(ended)["vm"]["error"]
-        assert len(check_archive(disk / "archive")) == 1
+            assert ended.code == 1, ended.err
+            [warning] = job_ends(ended)["vm"]["warnings"]
+            assert "has no reflink" in warning
+        assert len(check_archive(disk / "archive")) == 3
 
 
 def test_an_unchanged_source_is_not_copied_again(tmp_path: Path) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from batchjobs import job, make_image, run_jobs, write_jobs
+from commandline import uringmig
+from msgspec import structs
 
 from uringmig.options import WriteOptions
 from uringmig.profile import Entry, Measured, Settings, store_entry
@@ -54,9 +58,40 @@ def test_a_place_without_a_profile_gives_a_note(tmp_path: Path) -> None:
     make_image(tmp_path / "vm.mig")
     path = write_jobs(tmp_path, job("a", f'image = "{tmp_path}/vm.mig"'))
     empty = tmp_path / "none.json"
-    assert run_jobs(path, "--profile-file", empty).code == 5
     empty.write_text('{"format": "uringmig-profiles", "version": 1, "profiles": []}')
     ended = run_jobs(path, "--profile-file", empty)
     assert ended.code == 0, ended
     assert "has no profile of the place of" in ended.err
     assert settings_of(tmp_path, "a")["depth"] == WriteOptions().depth
+
+
+@pytest.mark.parametrize("content", [None, "", "{}", '{"profiles": [1]}', "a folder"])
+def test_a_lost_or_damaged_profile_costs_no_image(tmp_path: Path, content: str | None) -> None:
+    """A profile is for speed: the jobs run with the defaults, and the run ends with a warning."""
+    make_image(tmp_path / "vm.mig")
+    path = write_jobs(tmp_path, job("a", f'image = "{tmp_path}/vm.mig"'))
+    profiles = tmp_path / "profiles.json"
+    if content == "a folder":
+        profiles.mkdir()
+    elif content is not None:
+        profiles.write_text(content.replace("{}", '{"profiles": {}}'))
+    ended = run_jobs(path, "--profile-file", profiles)
+    assert ended.code == 1, ended
+    assert "warning: the defaults are used: " in ended.err
+    assert settings_of(tmp_path, "a")["depth"] == WriteOptions().depth
+
+
+def test_a_profile_does_not_require_what_may_be_gone(tmp_path: Path) -> None:
+    """``bench --engine io_uring --direct required`` was asked of the bench, not of every night."""
+    make_image(tmp_path / "vm.mig")
+    profiles = tmp_path / "profiles.json"
+    measured = Measured(ceiling=1.0, rate=1.0, spread=0.0, request_seconds=0.0)
+    settings = structs.replace(PROFILE, engine="io_uring", direct="required")
+    place = place_of(str(tmp_path))
+    store_entry(Entry(place=place, created="now", settings=settings, measured=measured), profiles)
+    path = write_jobs(tmp_path, job("a", f'image = "{tmp_path}/vm.mig"'))
+    ended = uringmig(
+        *("archive", "run", path, "--profile-file", profiles, "--json"), refuse_ring=errno.EPERM
+    )
+    assert ended.code == 0, ended
+    assert settings_of(tmp_path, "a")["engine"] == "pwrite"

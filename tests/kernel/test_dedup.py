@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
-from loopdisk import mounted
+from loopdisk import mounted, run
 from smallguests import (
     MIB,
     OPTIONS,
@@ -21,9 +23,12 @@ from smallguests import (
 )
 
 from uringmig import MappedRamWriter, StorageError, verify
+from uringmig.archive import dedup
+from uringmig.archive.dedup import sharing_trouble
 from uringmig.archive.hot import write_hot
 from uringmig.archive.tier import TierResult
 from uringmig.contents.mappedram import MappedRamContents
+from uringmig.storage.mainfile import MainFile
 
 DISK_BYTES = 512 * MIB
 REFLINK = pytest.mark.parametrize("kind", ["xfs", "btrfs"])
@@ -123,20 +128,111 @@ def test_earlier_image_of_another_shape_shares_what_it_can(tmp_path: Path, kind:
         assert result.shared_bytes == 9 * MIB
 
 
+def check_whole(result: TierResult, guest: Memories, why: str) -> None:
+    """A good image that shares nothing, and one warning that says why."""
+    check_image(Path(result.path), copy_of(guest))
+    assert not verify(result.path).mismatches
+    assert result.shared_bytes == 0
+    [warning] = result.warnings
+    assert warning.startswith("the image is written whole, sharing nothing: ")
+    assert why in warning
+    assert "\n" not in warning
+
+
 @pytest.mark.parametrize("kind", ["ext4", "tmpfs"])
-def test_file_system_without_reflink_is_refused(tmp_path: Path, kind: str) -> None:
-    save(tmp_path / "first", make_guest(0))
+def test_without_reflink_the_image_is_written_whole(tmp_path: Path, kind: str) -> None:
+    """A missing backup is worse than a large one: dedup is an optimisation, and fails no copy."""
+    guest = make_guest(0)
+    save(tmp_path / "first", guest)
     with mounted(kind, tmp_path, size=DISK_BYTES) as disk:
+        assert "has no reflink" in str(sharing_trouble(disk, None))
         archive(tmp_path / "first", disk / "1.mig", None)
-        with pytest.raises(StorageError, match=r"has no reflink.*; archive to xfs or btrfs"):
-            archive(tmp_path / "first", disk / "2.mig", disk / "1.mig")
-        assert {"1.mig", "1.mig.manifest.json"} == set(left_in(disk)) - {"lost+found"}
+        assert "has no reflink" in str(sharing_trouble(disk, disk / "1.mig"))
+        result = archive(tmp_path / "first", disk / "2.mig", disk / "1.mig")
+        check_whole(result, guest, "this file system has no reflink")
+        assert set(left_in(disk)) - {"lost+found"} == {
+            f"{name}{suffix}" for name in ("1.mig", "2.mig") for suffix in ("", ".manifest.json")
+        }
 
 
-def test_earlier_image_on_another_file_system_is_refused(tmp_path: Path) -> None:
-    save(tmp_path / "first", make_guest(0))
-    with (
-        mounted("xfs", tmp_path, size=DISK_BYTES) as disk,
-        pytest.raises(StorageError, match="is on another file system"),
-    ):
-        archive(tmp_path / "first", disk / "2.mig", tmp_path / "first")
+@REFLINK
+def test_an_earlier_image_of_no_use_is_left_alone(tmp_path: Path, kind: str) -> None:
+    """On another file system, cut short, no image at all, or pruned meanwhile."""
+    guest = make_guest(0)
+    save(tmp_path / "first", guest)
+    with mounted(kind, tmp_path, size=DISK_BYTES) as disk:
+        assert sharing_trouble(disk, None) is None
+        assert "another file system" in str(sharing_trouble(disk, tmp_path / "first"))
+        result = archive(tmp_path / "first", disk / "2.mig", tmp_path / "first")
+        check_whole(result, guest, "the earlier image is on another file system")
+        assert sharing_trouble(disk, disk / "2.mig") is None
+        (disk / "cut").write_bytes((disk / "2.mig").read_bytes()[:70000])
+        (disk / "text").write_text("no image\n")
+        for number, name in enumerate(["cut", "text", "gone"]):
+            result = archive(tmp_path / "first", disk / f"o{number}.mig", disk / name)
+            check_whole(result, guest, "")
+
+
+def test_an_earlier_image_with_another_attribute_is_left_alone(tmp_path: Path) -> None:
+    """After ``chattr +C`` of the folder new files are nodatacow, which the earlier one is not."""
+    guest = make_guest(0)
+    save(tmp_path / "first", guest)
+    with mounted("btrfs", tmp_path, size=DISK_BYTES) as disk:
+        archive(tmp_path / "first", disk / "1.mig", None)
+        run("chattr", "+C", str(disk))
+        assert "chattr" in str(sharing_trouble(disk, disk / "1.mig"))
+        result = archive(tmp_path / "first", disk / "2.mig", disk / "1.mig")
+        check_whole(result, guest, "chattr +C")
+        # These two are alike again.
+        third = archive(tmp_path / "first", disk / "3.mig", disk / "2.mig")
+        assert (third.warnings, third.shared_bytes > 0) == ((), True)
+
+
+def test_areas_cloned_before_the_failure_are_holes_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk refuses the second of three areas: nothing of the first stays behind."""
+    guest = dense_guest(ram_bytes=9 * MIB)
+    save(tmp_path / "first", guest)
+    other = {idstr: np.zeros_like(memory) for idstr, memory in guest.items()}
+    other["pc.ram"][5 * MIB] = 1
+    save(tmp_path / "second", other)
+    really, asked = dedup._clone, []
+
+    def clone_once(source: MainFile, offset: int, length: int, main: MainFile, to: int) -> None:
+        asked.append(length)
+        if len(asked) == 2:
+            raise StorageError("cannot share blocks", errno=errno.ENOSPC, path=main.path)
+        really(source, offset, length, main, to)
+
+    with mounted("xfs", tmp_path, size=DISK_BYTES) as disk:
+        archive(tmp_path / "first", disk / "1.mig", None)
+        monkeypatch.setattr(dedup, "_clone", clone_once)
+        result = archive(tmp_path / "second", disk / "2.mig", disk / "1.mig")
+        check_whole(result, other, "ENOSPC")
+        assert asked[0] == 9 * MIB
+        assert result.allocated_bytes < 2 * MIB
+
+
+def test_blocks_of_the_earlier_image_that_rotted_are_written_anew(tmp_path: Path) -> None:
+    """What cannot be read cannot be compared either; that costs room, and no backup."""
+    guest = dense_guest(ram_bytes=9 * MIB)
+    save(tmp_path / "first", guest)
+    page = guest["pc.ram"][5 * MIB :][:PAGE].tobytes()
+    with mounted("btrfs", tmp_path, size=DISK_BYTES) as disk:
+        archive(tmp_path / "first", disk / "1.mig", None)
+        os.sync()
+        file = tmp_path / "btrfs.disk"
+        with file.open("r+b") as image, mmap.mmap(image.fileno(), 0) as raw:
+            at = raw.find(page)
+            assert at > 0
+            raw[at : at + PAGE] = bytes(PAGE)
+        Path("/proc/sys/vm/drop_caches").write_text("3")
+        with pytest.raises(OSError, match="Input/output error"):
+            (disk / "1.mig").read_bytes()
+        result = archive(tmp_path / "first", disk / "2.mig", disk / "1.mig")
+        check_image(disk / "2.mig", copy_of(guest))
+        assert not verify(disk / "2.mig").mismatches
+        assert result.shared_bytes > MIB
+        [warning] = result.warnings
+        assert "written anew where the earlier image cannot be read" in warning

@@ -3,6 +3,9 @@
 The earlier image's page areas are cloned into the new file (FICLONERANGE), which costs no data;
 then only pages that differ from what now lies in their slots are written, and for these the file
 system gives the new file blocks of its own. The image stays a plain file.
+
+All of it is for less room on the disk. Where it cannot be had the image is written whole, with a
+warning: a large backup is better than none.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import errno
 import fcntl
 import os
 import struct
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
@@ -19,13 +23,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uringmig.archive.intake import Held
-from uringmig.errors import FormatError, StorageError
+from uringmig.errors import FormatError, StorageError, UringmigError
 from uringmig.format.layout import ImageLayout
 from uringmig.image.parse import parse_image
 from uringmig.options import PAGE_SIZE, WINDOW_BYTES, DirectMode
 from uringmig.storage.directfile import open_direct
 from uringmig.storage.engine import Operation
 from uringmig.storage.mainfile import MainFile, open_for_reading
+from uringmig.storage.nameless import nameless_file
+from uringmig.storage.target import NamedTarget
 from uringmig.units import align_down, is_aligned
 
 #: linux/fs.h: FICLONERANGE and struct file_clone_range.
@@ -44,18 +50,114 @@ _FIEMAP_FLAG_SYNC: Final = 0x1
 _EXTENT_LAST: Final = 0x1
 _EXTENT_SHARED: Final = 0x2000
 _EXTENTS_AT_ONCE: Final = 512
-#: What file systems without reflink say, and two that are not one.
+#: What file systems say that cannot, or cannot for these two files, and what to do about it.
+_ELSEWHERE: Final = ("this file system has no reflink", "archive to xfs or btrfs, or without dedup")
 _NO_REFLINK: Final = {
-    errno.EOPNOTSUPP: "this file system has no reflink",
-    errno.ENOTTY: "this file system has no reflink",
-    errno.EINVAL: "this file system has no reflink for this file",
-    errno.EXDEV: "the earlier image is on another file system",
+    errno.EOPNOTSUPP: _ELSEWHERE,
+    errno.ENOTTY: _ELSEWHERE,
+    errno.EINVAL: (
+        "not between these two files; only one of them is set to nodatacow (chattr +C), perhaps",
+        "the next image can share with this one",
+    ),
+    errno.EXDEV: ("the earlier image is on another file system", "archive to that, or do without"),
 }
 _WORDS_PER_PAGE: Final = PAGE_SIZE // 8
 
 
-def previous_identity(path: Path) -> str:
-    """Name this very version of the earlier image.
+class Earlier:
+    """An earlier image, as far as it serves: what is wrong with it never ends a copy.
+
+    Args:
+        path: of the image; None: there is none, and nothing is shared.
+
+    Attributes:
+        identity: names this very version of it; None: there is none to share with.
+        warnings: why pages are not shared that were to be, one line each.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.warnings: list[str] = []
+        self.identity: str | None = None
+        self._path = path
+        if path is not None:
+            try:
+                self.identity = _identity(path)
+            except StorageError as error:  # pruned meanwhile, perhaps
+                self._give_up(error)
+
+    def share(
+        self, target: NamedTarget, layout: ImageLayout, mode: DirectMode, *, anew: bool
+    ) -> SlotReader | None:
+        """Share its pages with a new, sized file, and open what then lies in the slots there.
+
+        Args:
+            target: the file.
+            layout: of the new image.
+            mode: how to read the slots.
+            anew: the file is empty; otherwise its pages have been shared before.
+
+        Returns:
+            What tells which pages need not be written; None: all of them are to be.
+
+        Raises:
+            StorageError: the file cannot be used.
+        """
+        if self._path is None or self.identity is None:
+            return None
+        try:
+            if anew:
+                clone_pages(self._path, layout, target.main)
+            return SlotReader(target.partial_path, layout, mode, self.warnings)
+        except UringmigError as error:
+            self._give_up(error)
+        if anew:
+            # Some areas may be cloned already; what nobody writes is to be a hole all the same.
+            target.main.set_size(min(place.pages_offset for place in layout.blocks))
+            target.main.set_size(layout.trailer_offset)
+        return None
+
+    def shared_bytes(self, main: MainFile) -> int:
+        """Bytes of the new file that another one has too; 0 if the file system does not tell."""
+        try:
+            return shared_bytes(main)
+        except StorageError as error:
+            self.warnings.append(f"it is not known how much is shared: {error}")
+            return 0
+
+    def _give_up(self, error: UringmigError) -> None:
+        """Say why nothing is shared."""
+        self.warnings.append(f"the image is written whole, sharing nothing: {error}")
+
+
+def sharing_trouble(folder: Path, previous: Path | None) -> str | None:
+    """Say why a new image in a folder could share nothing, found by trying; None: nothing is known.
+
+    Args:
+        folder: where images go; a file without a name is made there for a moment.
+        previous: the earlier image; None: there is none yet, but there will be.
+    """
+    with ExitStack() as stack:
+        try:
+            main = stack.enter_context(nameless_file(str(folder)))
+        except StorageError:
+            return None  # whether anything can be written there is not the question
+        try:
+            length = _block_bytes(main)
+            if previous is None:
+                source = stack.enter_context(nameless_file(str(folder)))
+                source.write_at(0, bytes(length))
+            else:
+                source = open_for_reading(str(previous))
+                stack.callback(source.close)
+            main.set_size(length)
+            _clone(source, 0, length, main, 0)
+        except StorageError as error:
+            return str(error)
+    return None
+
+
+def _identity(path: Path) -> str:
+    """Name this very version of an image.
 
     Raises:
         StorageError: it cannot be looked at.
@@ -77,7 +179,7 @@ def clone_pages(previous: Path, layout: ImageLayout, main: MainFile) -> None:
     source = open_for_reading(str(previous))
     try:
         areas = {block.idstr: block for block in parse_image(source).blocks}
-        block_bytes = os.fstatvfs(main.fd).f_bsize
+        block_bytes = _block_bytes(main)
         _break_single_blocks(main, block_bytes)
         for place in layout.blocks:
             area = areas.get(place.idstr)
@@ -94,12 +196,22 @@ def clone_pages(previous: Path, layout: ImageLayout, main: MainFile) -> None:
 class SlotReader:
     """Reads what lies in the slots of the image being written; used by several channels.
 
+    Args:
+        path: the image.
+        layout: of it.
+        mode: O_DIRECT or not.
+        warnings: a line is added if what lies there cannot be read.
+
     Raises:
         StorageError: the file cannot be opened.
     """
 
-    def __init__(self, path: str, layout: ImageLayout, mode: DirectMode) -> None:
+    def __init__(
+        self, path: str, layout: ImageLayout, mode: DirectMode, warnings: list[str]
+    ) -> None:
         self._layout = layout
+        self._warnings = warnings
+        self._failed = False
         self._file = open_direct(path, Operation.READ, mode)
         self._path = path
 
@@ -112,14 +224,20 @@ class SlotReader:
             held: the window, in memory that may be read where ``bits`` are set.
             bits: the pages that matter.
             buffer: for the slots, a window long.
-
-        Raises:
-            StorageError: a read failed.
         """
         block_index, row = held.row
         slots = buffer[: len(held.memory)]
         offset = self._layout.blocks[block_index].pages_offset + row * WINDOW_BYTES
-        self._read(slots, offset)
+        try:
+            self._read(slots, offset)
+        except (StorageError, FormatError) as error:
+            # The earlier image has rotted there: the new one gets blocks of its own.
+            if not self._failed:
+                self._failed = True
+                self._warnings.append(
+                    f"written anew where the earlier image cannot be read: {error}"
+                )
+            return bits.copy()
         differing = np.zeros_like(bits)
         pages = np.flatnonzero(bits)
         ours = held.memory.view(np.uint64).reshape(-1, _WORDS_PER_PAGE)
@@ -181,6 +299,11 @@ def shared_bytes(main: MainFile) -> int:
             return shared
 
 
+def _block_bytes(main: MainFile) -> int:
+    """What is cloned comes in blocks of this size; some file systems do not tell."""
+    return max(os.fstatvfs(main.fd).f_bsize, PAGE_SIZE)
+
+
 def _break_single_blocks(main: MainFile, block_bytes: int) -> None:
     """Ask xfs to give one block for one written block of a shared extent.
 
@@ -200,14 +323,10 @@ def _clone(source: MainFile, offset: int, length: int, main: MainFile, to: int) 
     try:
         fcntl.ioctl(main.fd, _FICLONERANGE, _CLONE_RANGE.pack(source.fd, offset, length, to))
     except OSError as error:
-        reason = _NO_REFLINK.get(error.errno or 0)
-        if reason is None:
-            raise StorageError(
-                "cannot share blocks", errno=error.errno, path=main.path, offset=to
-            ) from None
+        reason, cure = _NO_REFLINK.get(error.errno or 0, (f"at offset {to:#x}", None))
         raise StorageError(
             f"cannot share blocks with {source.path}: {reason}",
             errno=error.errno,
             path=main.path,
-            cure="archive to xfs or btrfs, or without dedup",
+            cure=cure,
         ) from None

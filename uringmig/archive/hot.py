@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import numpy as np
 
 from uringmig.archive.copyjournal import BITS_BYTES, Chunk
 from uringmig.archive.copyrun import CopyRun
-from uringmig.archive.dedup import SlotReader, clone_pages, previous_identity, shared_bytes
+from uringmig.archive.dedup import Earlier, SlotReader
 from uringmig.archive.intake import NOTHING, Held, Intake
 from uringmig.archive.partialcopy import PartialCopy
 from uringmig.archive.tier import LIVE_KINDS, CopiedGuest, EntryLabel, TierResult, describe_entry
@@ -58,14 +59,14 @@ def write_hot(
         resume: a journal. If a killed copy of the same contents left it, with its partial file,
             the copy goes on from there; else it starts anew. Gone when this returns or raises.
         previous: an earlier image, usually of the same VM: pages that lie there unchanged become
-            blocks shared with it (reflink).
+            blocks shared with it (reflink). Where that cannot be the result has a warning.
         progress: called with a `Snapshot` about ten times a second and at every phase.
         engine: an engine of the caller's instead of ``options.engine``; for tests and benches.
 
     Raises:
         FormatError: the contents break a rule of their format.
         MismatchError: the source changed while it was read.
-        StorageError: nothing is published; or the file system cannot share blocks.
+        StorageError: nothing is published.
         HostError: io_uring is required and cannot be had.
     """
     with ExitStack() as stack:
@@ -100,11 +101,12 @@ class HotCopy:
             for number, block in enumerate(contents.blocks)
             if block.used_length <= options.dense_up_to
         )
+        self._earlier = Earlier(previous)
         self._partial = PartialCopy(
             out,
             tier="hot",
             source=None if contents.kind in LIVE_KINDS else contents.fingerprint(),
-            shape=_shape(contents, self._layout, self._dense, previous),
+            shape=_shape(contents, self._layout, self._dense, self._earlier.identity),
             direct=options.direct,
             journal=resume,
         )
@@ -112,11 +114,10 @@ class HotCopy:
         self._target = self._partial.target
         self._rows = self._guest.take_over(self._partial.taken_over)
         self._target.main.set_size(self._layout.trailer_offset)
-        self._slots: SlotReader | None = None
-        if previous is not None:
-            if not self._partial.taken_over:
-                clone_pages(previous, self._layout, self._target.main)
-            self._slots = SlotReader(self._target.partial_path, self._layout, options.direct)
+        self._slots = self._earlier.share(
+            self._target, self._layout, options.direct, anew=not self._partial.taken_over
+        )
+        if self._slots is not None:
             stack.callback(self._slots.close)
         self._copy = CopyRun(
             self._guest,
@@ -185,8 +186,9 @@ class HotCopy:
             self._guest, self._out, "hot", label, self._guest.content_digest(tail)
         )
         described = self._describe(stream, sync_seconds, fields)
-        shared = shared_bytes(main) if self._slots is not None else 0
-        return self._copy.publish(described, fields, shared_bytes=shared, ratio=1.0)
+        shared = self._earlier.shared_bytes(main) if self._slots is not None else 0
+        result = self._copy.publish(described, fields, shared_bytes=shared, ratio=1.0)
+        return replace(result, warnings=tuple(self._earlier.warnings))
 
     def _describe(
         self, stream: str, sync_seconds: float, fields: manifest.ArchiveFields
@@ -291,7 +293,7 @@ class _HotWork:
 
 
 def _shape(
-    contents: Contents, layout: ImageLayout, dense: frozenset[int], previous: Path | None
+    contents: Contents, layout: ImageLayout, dense: frozenset[int], earlier: str | None
 ) -> str:
     """Digest of all that decides where bytes go and how they look."""
     text = msgspec.json.encode(
@@ -300,7 +302,7 @@ def _shape(
             contents.section_id,
             [[place.idstr, place.used_length, place.pages_offset] for place in layout.blocks],
             sorted(dense),
-            None if previous is None else previous_identity(previous),
+            earlier,
         ]
     )
     return digest.bytes_digest(text).hex()

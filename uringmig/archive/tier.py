@@ -58,6 +58,7 @@ class TierResult:
         ratio: bytes of the pages stored for each byte they take in the file.
         seconds: elapsed.
         notes: what the operator should know, one line each.
+        warnings: what went amiss although the image is whole.
     """
 
     path: str
@@ -74,6 +75,7 @@ class TierResult:
     seconds: float
     manifest: ArchiveManifest
     notes: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)

@@ -192,7 +192,7 @@ def _archived(
         stopped_seconds=stopped_seconds,
         verified=order.job.verify,
         notes=(*contents.notes, *written.notes),
-        warnings=tuple(warnings or ()),
+        warnings=(*written.warnings, *(warnings or ())),
     )
 
 

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, Self
 
+from uringmig.archive.dedup import sharing_trouble
 from uringmig.archive.directory import Archive, Place
 from uringmig.archive.entry import Entry
 from uringmig.archive.healing import heal
@@ -126,6 +127,21 @@ class Ledger:
             and entry.source_fingerprint == fingerprint
             and entry.condition != "damaged"
         )
+
+    def sharing_trouble(self, state: JobState) -> tuple[str | None, bool]:
+        """Say why a job with ``dedup`` will share nothing, as far as can be known beforehand.
+
+        Returns:
+            That, or None; and whether there is an earlier image to share with.
+        """
+        job = state.job
+        if not job.dedup:
+            return None, False
+        archive = self._archives.get(job.archive)
+        previous = None if archive is None else archive.latest_of(job.vm)
+        folder = next(at for at in (Path(job.archive), *Path(job.archive).parents) if at.is_dir())
+        trouble = sharing_trouble(folder, None if previous is None else Path(previous.image))
+        return trouble, previous is not None
 
     def start(self, state: JobState) -> tuple[Place, str | None]:
         """Note that a job begins to write.

@@ -24,6 +24,7 @@ class PlanRow:
         file_bytes: what the entry takes at most.
         done: why there is nothing to do, or "".
         problem: why it is not known what there is to do, or "".
+        warning: what will not be as asked for, or "".
     """
 
     job: str
@@ -36,6 +37,7 @@ class PlanRow:
     file_bytes: int = 0
     done: str = ""
     problem: str = ""
+    warning: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

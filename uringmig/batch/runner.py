@@ -117,9 +117,20 @@ class Run:
             outcome = outcomes.get(state.job.name)
             if outcome is not None:
                 self._examined(state, outcome)
-        rows = [_plan_row(state) for state in self._states]
+        rows = [self._with_warning(state, _plan_row(state)) for state in self._states]
         free = {archive: free_space(archive) for archive in self._ledger.archives}
         return make_plan(rows, free)
+
+    def _with_warning(self, state: JobState, row: PlanRow) -> PlanRow:
+        """Say in the plan, and on the first night, that pages cannot be shared."""
+        if state.final:
+            return row
+        trouble, begun = self._ledger.sharing_trouble(state)
+        if trouble is None:
+            return row
+        if not begun:  # later on each attempt says it
+            state.warnings.append(f"later images will share nothing: {trouble}")
+        return replace(row, warning=f"nothing will be shared: {trouble}")
 
     def execute(self) -> Summary:
         """Archive, after `plan`; returns when every job is through, or the run was stopped."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import msgspec
 
 from uringmig.batch.job import Job, JobFile
+from uringmig.options import DirectMode, EngineName
 from uringmig.profile import Settings, settings_for
 
 
@@ -41,6 +42,10 @@ def _tuned(job: Job, settings: Settings | None) -> Job:
         return job
     # The channels of a cold job compress: what the disk likes says nothing about them.
     explicit = {*job.given, "channels"} if job.tier == "cold" else {*job.given}
+    # What only a profile asks for is no reason to fail: io_uring or O_DIRECT may be gone since.
+    engine: EngineName = "auto" if settings.engine == "io_uring" else settings.engine
+    direct: DirectMode = "preferred" if settings.direct == "required" else settings.direct
+    settings = msgspec.structs.replace(settings, engine=engine, direct=direct)
     options = settings.apply_to(job.options(rate=0), explicit=explicit)
     return msgspec.structs.replace(
         job,

@@ -28,7 +28,7 @@ from uringmig.cli.jobfile import read_job_text
 from uringmig.cli.output import Output
 from uringmig.cli.profile import file_of_profiles
 from uringmig.cli.session import Session, session_of
-from uringmig.errors import StateError, StorageError
+from uringmig.errors import FormatError, StateError, StorageError
 from uringmig.signals import Interrupted
 from uringmig.units import format_duration, format_size, parse_duration
 
@@ -118,8 +118,15 @@ def run(
 
 
 def _tuned(job_file: JobFile, output: Output, profile_file: Path | None) -> JobFile:
-    """Apply the profiles of the archives' places, and say where there is none."""
-    tuned, notes = tune(job_file, file_of_profiles(profile_file))
+    """Apply the profiles of the archives' places, and say where there is none.
+
+    A profile is for speed: one that is lost or damaged costs no night its images.
+    """
+    try:
+        tuned, notes = tune(job_file, file_of_profiles(profile_file))
+    except (FormatError, StorageError) as error:
+        output.warn(f"the defaults are used: {error}")
+        return job_file
     for note in notes:
         output.note(note)
     return tuned
@@ -192,8 +199,8 @@ def _show_plan(output: Output, ledger: Ledger, run: Run) -> None:
         output.result("archive run", shown, _plan_lines(plan), exit_code=error.exit_code)
         raise
     for row in plan.rows:
-        if row.problem:
-            output.warn(f"job {row.job}: {row.problem}")
+        for problem in filter(None, (row.problem, row.warning)):
+            output.warn(f"job {row.job}: {problem}")
     shown = PlanShown(job_file=ledger.job_file.path, plan=plan, fits=True)
     output.result("archive run", shown, _plan_lines(plan))
     raise typer.Exit(output.exit_code)
