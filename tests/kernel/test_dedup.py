@@ -22,7 +22,7 @@ from smallguests import (
     ramblocks_of,
 )
 
-from uringmig import MappedRamWriter, StorageError, verify
+from uringmig import MappedRamWriter, RamBlock, StorageError, WriteOptions, verify
 from uringmig.archive import dedup
 from uringmig.archive.dedup import sharing_trouble
 from uringmig.archive.hot import write_hot
@@ -126,6 +126,34 @@ def test_earlier_image_of_another_shape_shares_what_it_can(tmp_path: Path, kind:
         result = archive(tmp_path / "second", disk / "2.mig", disk / "1.mig")
         check_image(disk / "2.mig", copy_of(bigger))
         assert result.shared_bytes == 9 * MIB
+
+
+@REFLINK
+@pytest.mark.parametrize("dense", [False, True])
+def test_guest_that_became_all_zero_is_zero_in_the_image(
+    tmp_path: Path, kind: str, dense: bool
+) -> None:
+    """A set bit never stands over bytes of the earlier image that differ from the guest's.
+
+    Neither in the one page that says that an empty guest's image is whole, nor in dense blocks,
+    whose zero pages keep their bits.
+    """
+    options = WriteOptions(dense_up_to=9 * MIB if dense else 0)
+    for name, value in (("first", 0x5A), ("second", 0)):
+        ram = np.full(9 * MIB, value, np.uint8)
+        with MappedRamWriter(tmp_path / name, [RamBlock("ram", ram)], options=options) as writer:
+            writer.write_all()
+            writer.finish()
+    with mounted(kind, tmp_path, size=DISK_BYTES) as disk:
+        for source, out, previous in (
+            ("first", "1.mig", None), ("second", "2.mig", disk / "1.mig"),
+        ):  # fmt: skip
+            with MappedRamContents(tmp_path / source) as contents:
+                write_hot(contents, disk / out, options=options, previous=previous)
+        image = check_image(disk / "2.mig", {"ram": bytes(9 * MIB)})
+        assert len(image.blocks[0].bits) == (9 * MIB // PAGE if dense else 1)
+        assert not verify(disk / "2.mig").mismatches
+        assert not verify(disk / "1.mig").mismatches
 
 
 def check_whole(result: TierResult, guest: Memories, why: str) -> None:
