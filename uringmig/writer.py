@@ -1,9 +1,8 @@
 """The story of a save: pages, drain, bitmaps, device state, sync, publish.
 
-    OPEN -> PAGES <-> DRAINED -> BITMAPS -> DEVICES -> DURABLE -> PUBLISHED     any -> FAILED
+    OPEN -> PAGES <-> DRAINED -> ENDING -> PUBLISHED     any -> FAILED
 
-A set bit promises bytes that are there, so bitmaps are written only after everything has drained;
-the final name promises a whole and durable file, so it is given last.
+Everything after the pages is `image.draft`'s, which all that make images have in common.
 """
 
 from __future__ import annotations
@@ -20,12 +19,11 @@ from numpy.typing import NDArray
 
 from uringmig.channel import ChannelFile, Pacer, needs_bounce, run_round
 from uringmig.errors import StateError
-from uringmig.format.compose import compose_setup
 from uringmig.format.device_state import DeviceState
 from uringmig.format.headers import Configuration
 from uringmig.format.layout import ImageLayout, plan_layout
 from uringmig.image import manifest
-from uringmig.image.parse import parse_image, stream_digest
+from uringmig.image.draft import FinishedImage, ImageDraft
 from uringmig.memory.array import BufferMemory
 from uringmig.memory.source import MemorySource
 from uringmig.options import PAGE_SIZE, WINDOW_BYTES, WriteOptions
@@ -39,7 +37,7 @@ from uringmig.progress import (
     account,
     take_snapshot,
 )
-from uringmig.result import SaveResult, describe_save
+from uringmig.result import SaveResult, describe_seconds, describe_settings
 from uringmig.scan import SavedBlock, SaveWork, skip_holes
 from uringmig.storage.choice import EngineChoice, choose_engine
 from uringmig.storage.engine import Operation
@@ -71,9 +69,7 @@ class _State(Enum):
     OPEN = auto()
     PAGES = auto()
     DRAINED = auto()
-    BITMAPS = auto()
-    DEVICES = auto()
-    DURABLE = auto()
+    ENDING = auto()
     PUBLISHED = auto()
     FAILED = auto()
 
@@ -81,10 +77,8 @@ class _State(Enum):
 _NEXT: Final = {
     _State.OPEN: {_State.PAGES},
     _State.PAGES: {_State.DRAINED},
-    _State.DRAINED: {_State.PAGES, _State.BITMAPS},
-    _State.BITMAPS: {_State.DEVICES},
-    _State.DEVICES: {_State.DURABLE},
-    _State.DURABLE: {_State.PUBLISHED},
+    _State.DRAINED: {_State.PAGES, _State.ENDING},
+    _State.ENDING: {_State.PUBLISHED},
     _State.PUBLISHED: set(),
     _State.FAILED: set(),
 }
@@ -125,7 +119,7 @@ class MappedRamWriter:
         engine: EngineChoice | None = None,
     ) -> None:
         self._set_up(blocks, options, configuration, section_id, base, progress, engine)
-        self._open(NamedTarget(path, mode=options.direct, sidecar_suffix=manifest.SUFFIX), base)
+        self._open(NamedTarget(path, mode=options.direct, sidecar_suffix=manifest.SUFFIX))
 
     @classmethod
     def on_descriptors(
@@ -152,7 +146,7 @@ class MappedRamWriter:
         """
         writer = cls.__new__(cls)
         writer._set_up(blocks, options, configuration, section_id, base, progress, engine)
-        writer._open(PassedTarget(direct_fd, main_fd), base)
+        writer._open(PassedTarget(direct_fd, main_fd))
         return writer
 
     def _set_up(
@@ -180,18 +174,14 @@ class MappedRamWriter:
         self._channels: Generator[None, None, None] | None = None
         self._all_written = False
 
-    def _open(self, target: Target, base: int) -> None:
-        """Size the file and write the setup part of the stream."""
+    def _open(self, target: Target) -> None:
+        """Give the file its length."""
         self._target = target
+        self._draft = ImageDraft(
+            target.main, self._configuration, self._layout, section_id=self._section_id
+        )
         try:
-            if target.main.size > base:
-                target.main.set_size(base)
-            # Full length first: a page write then lands in a hole and never extends the file.
-            target.main.set_size(self._layout.trailer_offset)
-            setup = compose_setup(self._configuration, self._layout, section_id=self._section_id)
-            for offset, data in setup:
-                target.main.write_at(offset, data)
-                self._tail_offset = offset + len(data)
+            self._draft.begin()
         except BaseException:
             self._fail()
             raise
@@ -295,43 +285,28 @@ class MappedRamWriter:
             raise
 
     def _finish(self, device_state: DeviceState) -> SaveResult:
-        """Do the steps after the pages, in their order."""
-        main = self._target.main
-        self._enter(_State.BITMAPS, "bitmaps")
-        pages_set = [bitmap.set_bit_count(block.bitmap) for block in self._blocks]
-        if not any(pages_set):
-            # Readers take an image without a single bit for QEMU's background-snapshot fault, so
-            # one page says that it is read; its slot is a hole and reads as the zeros it holds.
-            self._blocks[0].bitmap[0] = 1
-            pages_set[0] = 1
-        for block in self._blocks:
-            main.write_at(block.layout.bitmap_offset, block.bitmap.data)
-        self._enter(_State.DEVICES, "devices")
-        main.write_at(self._tail_offset, device_state.tail)
-        # What we could not read back ourselves, nobody is told to be safe.
-        parse_image(main, base=self._layout.base)
-        digest = stream_digest(main, base=self._layout.base, blocks=self._layout.blocks)
-        self._tell("sync")
-        started = time.monotonic()
-        main.sync()
+        """Do what comes after the pages."""
+        self._enter(_State.ENDING)
+        finished = self._draft.finish(
+            [block.bitmap for block in self._blocks],
+            device_state.tail,
+            tell=self._tell,
+            publish=self._target.publish,
+        )
         synced = time.monotonic()
-        self._enter(_State.DURABLE, "publish")
-        result = self._result(sync_seconds=synced - started, pages_set=sum(pages_set))
-        main.drop_cache()
-        sidecar = None
+        result = self._result(finished)
+        described = None
         if self._options.manifest:
-            sidecar = manifest.encode(
-                describe_save(
-                    result,
-                    self._blocks,
-                    pages_set=pages_set,
-                    machine=self._configuration.machine,
-                    base=self._layout.base,
-                    stream_digest=digest,
-                    options=self._options,
-                )
+            described = self._draft.describe(
+                finished,
+                [block.digests for block in self._blocks],
+                settings=describe_settings(
+                    self._options, engine=result.engine, direct=result.direct
+                ),
+                seconds=describe_seconds(result.time),
+                notes=result.notes,
             )
-        manifest_path = self._target.publish(sidecar)
+        manifest_path = finished.durable.publish(described)
         published = time.monotonic()
         # Nobody is told any more: what a callback raises could not undo it.
         self._state = _State.PUBLISHED
@@ -344,14 +319,14 @@ class MappedRamWriter:
             ),
         )
 
-    def _result(self, *, sync_seconds: float, pages_set: int) -> SaveResult:
+    def _result(self, finished: FinishedImage) -> SaveResult:
         """What there is to say before the image has its name."""
         return SaveResult(
             path=self._target.path,
             manifest_path=None,
             file_size=self._target.main.size,
             memory_bytes=sum(block.layout.used_length for block in self._blocks),
-            pages_set=pages_set,
+            pages_set=sum(finished.pages_set),
             zero_bytes=sum(item.zero_bytes for item in self._counters),
             written_bytes=sum(item.completed_bytes for item in self._counters),
             requests=sum(item.requests for item in self._counters),
@@ -361,7 +336,9 @@ class MappedRamWriter:
             block_size=self._options.block_size,
             channels=self._options.channels,
             time=account(
-                self._counters, elapsed=time.monotonic() - self._started, sync=sync_seconds
+                self._counters,
+                elapsed=time.monotonic() - self._started,
+                sync=finished.durable.sync_seconds,
             ),
             notes=tuple(
                 note for note in (self._engine.note, self._target.direct.note) if note is not None
@@ -370,7 +347,8 @@ class MappedRamWriter:
 
     def _round(self, windows: Sequence[Window], *, first: bool = False) -> Iterator[Snapshot]:
         """Run all channels over ``windows`` until drained; on any exception the save has failed."""
-        self._enter(_State.PAGES, "write")
+        self._enter(_State.PAGES)
+        self._tell("write")
         self._total_bytes += sum(window.length_bytes for window in windows)
         try:
             if first:
@@ -384,7 +362,8 @@ class MappedRamWriter:
             )
             for _ in channels:
                 yield self._tell("write")
-            self._enter(_State.DRAINED, "write")
+            self._enter(_State.DRAINED)
+            self._tell("write")
         except BaseException:
             self._fail()
             raise
@@ -396,12 +375,11 @@ class MappedRamWriter:
             raise StateError(f"no ramblock {idstr!r}; there are {', '.join(names)}")
         return idstr
 
-    def _enter(self, state: _State, phase: Phase) -> None:
-        """Go to ``state`` if that follows the present one, and say so."""
+    def _enter(self, state: _State) -> None:
+        """Go to ``state`` if that follows the present one."""
         if state not in _NEXT[self._state]:
             raise StateError(f"cannot go on from {self._state.name} to {state.name}")
         self._state = state
-        self._tell(phase)
 
     def _tell(self, phase: Phase) -> Snapshot:
         """Take a snapshot and hand it to whoever looks on."""

@@ -39,6 +39,7 @@ from uringmig.contents.source import Contents, Row
 from uringmig.errors import StateError
 from uringmig.image import manifest
 from uringmig.image.digest import DIGEST_BYTES, bytes_digest, window_digest
+from uringmig.image.draft import Durable, make_durable
 from uringmig.iobatch import IoPlan
 from uringmig.options import (
     COLD_LEVEL,
@@ -52,7 +53,6 @@ from uringmig.pages import bitmap
 from uringmig.pages.runs import PageRuns
 from uringmig.plan import Window, plan_runs
 from uringmig.progress import ChannelCounters, ProgressCallback
-from uringmig.result import WRITER
 from uringmig.storage.buffers import aligned_buffer
 from uringmig.storage.choice import EngineChoice, choose_engine
 from uringmig.units import align_up, div_ceil
@@ -258,25 +258,25 @@ class _ColdCopy:
         # What we could not read back ourselves, nobody is told to be safe.
         read_index(packed, read_header(header.pack(), file_size=main.size))
         main.write_at(0, header.pack())
-        sync_seconds = self._copy.make_durable()
+        durable = make_durable(main, self._copy.tell, self._partial.publish)
         fields = describe_entry(
             self._guest, self._out, "cold", label, self._guest.content_digest(tail)
         )
-        described = self._describe(index, header, sync_seconds, fields)
+        described = self._describe(index, header, durable, fields)
         ratio = fields.stored_bytes / described.frame_bytes if described.frame_bytes else 1.0
-        return self._copy.publish(described, fields, shared_bytes=0, ratio=ratio)
+        return self._copy.publish(durable, described, fields, shared_bytes=0, ratio=ratio)
 
     def _describe(
         self,
         index: ColdIndex,
         header: ColdHeader,
-        sync_seconds: float,
+        durable: Durable,
         fields: manifest.ArchiveFields,
     ) -> manifest.ColdManifest:
         """Describe the durable image."""
         return manifest.ColdManifest(
             created=datetime.now(UTC).isoformat(timespec="seconds"),
-            writer=WRITER,
+            writer=manifest.WRITER,
             machine=self._contents.configuration.machine,
             file_size=self._target.main.size,
             index_digest=header.index_digest.hex(),
@@ -284,7 +284,7 @@ class _ColdCopy:
             frames=len(index.frames),
             frame_bytes=int(index.frames.length.sum()),
             settings=self._copy.settings,
-            seconds=self._copy.seconds(sync=sync_seconds),
+            seconds=self._copy.seconds(durable),
             notes=self._copy.notes,
             archive=fields,
         )

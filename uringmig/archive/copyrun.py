@@ -18,7 +18,8 @@ from uringmig.archive.partialcopy import PartialCopy
 from uringmig.archive.tier import CopiedGuest, TierResult
 from uringmig.channel import ChannelFile, WindowWork, run_round
 from uringmig.contents.source import Row, window_of
-from uringmig.image.manifest import ArchiveFields, ArchiveManifest, Settings, encode
+from uringmig.image.draft import Durable
+from uringmig.image.manifest import ArchiveFields, ArchiveManifest, Settings
 from uringmig.options import WriteOptions
 from uringmig.progress import ChannelCounters, Phase, ProgressCallback, account, take_snapshot
 from uringmig.result import describe_seconds, describe_settings
@@ -112,31 +113,16 @@ class CopyRun:
                 )
             )
 
-    def make_durable(self) -> float:
-        """Sync all that was written, and let go of its page cache; returns seconds.
-
-        Raises:
-            StorageError: nothing may be said to be safe after this.
-        """
-        main = self._partial.target.main
-        self.tell("sync")
-        began = time.monotonic()
-        main.sync()
-        seconds = time.monotonic() - began
-        main.drop_cache()
-        self.tell("publish")
-        return seconds
-
     @property
     def settings(self) -> Settings:
         """What really ran, for a manifest."""
         direct = self._partial.target.direct.direct
         return describe_settings(self._options, engine=self._engine.name, direct=direct)
 
-    def seconds(self, *, sync: float) -> dict[str, float]:
+    def seconds(self, durable: Durable) -> dict[str, float]:
         """Where the time went so far, for a manifest."""
         elapsed = time.monotonic() - self._started
-        return describe_seconds(account(self.counters, elapsed=elapsed, sync=sync))
+        return describe_seconds(account(self.counters, elapsed=elapsed, sync=durable.sync_seconds))
 
     @property
     def notes(self) -> list[str]:
@@ -146,7 +132,13 @@ class CopyRun:
         return [note for note in notes if note is not None]
 
     def publish(
-        self, described: ArchiveManifest, fields: ArchiveFields, *, shared_bytes: int, ratio: float
+        self,
+        durable: Durable,
+        described: ArchiveManifest,
+        fields: ArchiveFields,
+        *,
+        shared_bytes: int,
+        ratio: float,
     ) -> TierResult:
         """Give the durable image its name, and say what came of the copy.
 
@@ -155,7 +147,8 @@ class CopyRun:
         """
         target = self._partial.target
         file_bytes, allocated_bytes = target.main.size, target.main.allocated
-        manifest_path = self._partial.publish(encode(described))
+        manifest_path = durable.publish(described)
+        assert manifest_path is not None, "an entry has a manifest"
         return TierResult(
             path=target.path,
             manifest_path=manifest_path,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from contextlib import ExitStack
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 import msgspec
@@ -22,17 +21,15 @@ from uringmig.archive.intake import NOTHING, Held, Intake
 from uringmig.archive.partialcopy import PartialCopy
 from uringmig.archive.tier import LIVE_KINDS, CopiedGuest, EntryLabel, TierResult, describe_entry
 from uringmig.contents.source import Contents, Row
-from uringmig.format.compose import compose_setup
 from uringmig.format.layout import ImageLayout, plan_layout
-from uringmig.image import digest, manifest
-from uringmig.image.parse import parse_image, stream_digest
+from uringmig.image import digest
+from uringmig.image.draft import ImageDraft
 from uringmig.iobatch import IoPlan
 from uringmig.options import PAGE_SIZE, WINDOW_BYTES, WriteOptions
 from uringmig.pages import bitmap
 from uringmig.pages.runs import runs_from_bits
 from uringmig.plan import Window, bridge_gaps, gap_pages, plan_runs
 from uringmig.progress import ChannelCounters, ProgressCallback
-from uringmig.result import WRITER, describe_block
 from uringmig.storage.buffers import aligned_buffer
 from uringmig.storage.choice import EngineChoice, choose_engine
 from uringmig.units import div_ceil
@@ -113,7 +110,13 @@ class HotCopy:
         stack.callback(self._partial.close)
         self._target = self._partial.target
         self._rows = self._guest.take_over(self._partial.taken_over)
-        self._target.main.set_size(self._layout.trailer_offset)
+        self._draft = ImageDraft(
+            self._target.main,
+            contents.configuration,
+            self._layout,
+            section_id=contents.section_id,
+        )
+        self._draft.begin(keep=True)  # the partial file's mark, and what was taken over
         self._slots = self._earlier.share(
             self._target, self._layout, options.direct, anew=not self._partial.taken_over
         )
@@ -161,59 +164,31 @@ class HotCopy:
 
     def _finish(self, label: EntryLabel | None) -> TierResult:
         """Write all that is not pages, make it durable, give it its name."""
-        main, blocks = self._target.main, self._guest.blocks
-        self._copy.tell("bitmaps")
-        if not any(block.bitmap.any() for block in blocks):
-            # As the writer does: an image without a single bit is taken for a fault of QEMU's.
-            blocks[0].bitmap[0] = 1
-        for block, place in zip(blocks, self._layout.blocks, strict=True):
-            main.write_at(place.bitmap_offset, block.bitmap.data)
-        self._copy.tell("devices")
-        setup = compose_setup(
-            self._contents.configuration, self._layout, section_id=self._contents.section_id
-        )
-        end = 0
-        for offset, data in setup:
-            main.write_at(offset, data)
-            end = offset + len(data)
+        blocks = self._guest.blocks
         tail = self._contents.device_state().tail
-        main.write_at(end, tail)
-        # What we could not read back ourselves, nobody is told to be safe.
-        parse_image(main)
-        stream = stream_digest(main, base=0, blocks=self._layout.blocks)
-        sync_seconds = self._copy.make_durable()
+        finished = self._draft.finish(
+            [block.bitmap for block in blocks],
+            tail,
+            tell=self._copy.tell,
+            publish=self._partial.publish,
+        )
         fields = describe_entry(
             self._guest, self._out, "hot", label, self._guest.content_digest(tail)
         )
-        described = self._describe(stream, sync_seconds, fields)
-        shared = self._earlier.shared_bytes(main) if self._slots is not None else 0
-        result = self._copy.publish(described, fields, shared_bytes=shared, ratio=1.0)
-        return replace(result, warnings=tuple(self._earlier.warnings))
-
-    def _describe(
-        self, stream: str, sync_seconds: float, fields: manifest.ArchiveFields
-    ) -> manifest.Manifest:
-        """Describe the durable image."""
-        return manifest.Manifest(
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            writer=WRITER,
-            machine=self._contents.configuration.machine,
-            base=0,
-            file_size=self._target.main.size,
-            stream_digest=stream,
-            blocks=[
-                describe_block(
-                    place,
-                    pages_set=bitmap.set_bit_count(copied.bitmap),
-                    digests=copied.digests,
-                )
-                for place, copied in zip(self._layout.blocks, self._guest.blocks, strict=True)
-            ],
+        described = self._draft.describe(
+            finished,
+            [block.digests for block in blocks],
             settings=self._copy.settings,
-            seconds=self._copy.seconds(sync=sync_seconds),
+            seconds=self._copy.seconds(finished.durable),
             notes=self._copy.notes,
             archive=fields,
         )
+        main = self._target.main
+        shared = self._earlier.shared_bytes(main) if self._slots is not None else 0
+        result = self._copy.publish(
+            finished.durable, described, fields, shared_bytes=shared, ratio=1.0
+        )
+        return replace(result, warnings=tuple(self._earlier.warnings))
 
 
 class _HotWork:

@@ -15,6 +15,7 @@ from uringmig.options import WINDOW_BYTES
 from uringmig.units import MiB
 
 SUFFIX: Final = ".manifest.json"
+WRITER: Final = "uringmig"
 FORMAT: Final = "uringmig-manifest"
 COLD_FORMAT: Final = "uringmig-cold-manifest"
 VERSION: Final = 1
