@@ -9,8 +9,7 @@ defaults.
 from __future__ import annotations
 
 import os
-from collections.abc import Container, Iterator
-from contextlib import contextmanager
+from collections.abc import Container
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Final, TypeVar
@@ -29,15 +28,13 @@ from uringmig.options import (
     TransferOptions,
 )
 from uringmig.storage.place import Place, place_of
-from uringmig.storage.publication import Publication
+from uringmig.storage.smallfile import replacing
 from uringmig.units import MiB
 
 FORMAT: Final = "uringmig-profiles"
 VERSION: Final = 1
 #: A thousand places are a quarter of this: no honest profile file is larger.
 BYTES_MAX: Final = MiB
-#: `Publication` takes away a sidecar of this suffix; there is none, and this is nobody's name.
-_SIDECAR: Final = ".uringmig-none"
 
 Options = TypeVar("Options", bound=TransferOptions)
 
@@ -164,7 +161,7 @@ def store_entry(entry: Entry, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
         raise StorageError("cannot make the folder", errno=error.errno, path=file.parent) from None
-    with _replacing(file) as publication:
+    with replacing(file) as publication:
         # Read only now: whoever holds the partial file is the only writer.
         others = [other for other in read_entries(file) if not other.place.matches(entry.place)]
         content = _File(profiles=[*others, entry])
@@ -172,16 +169,6 @@ def store_entry(entry: Entry, file: Path) -> None:
         publication.main.write_at(0, data)
         publication.main.sync()
         publication.publish(None)
-
-
-@contextmanager
-def _replacing(file: Path) -> Iterator[Publication]:
-    """A publication that is discarded unless it was published."""
-    publication = Publication(file, sidecar=_SIDECAR)
-    try:
-        yield publication
-    finally:
-        publication.discard()
 
 
 def check_writable(file: Path) -> None:

@@ -28,6 +28,7 @@ from uringmig.progress import ProgressCallback
 from uringmig.reader import MappedRamReader, plan_reads, zero_clear_pages
 from uringmig.storage.buffers import aligned_buffer
 from uringmig.storage.choice import EngineChoice
+from uringmig.storage.folder import beside
 from uringmig.storage.mainfile import open_for_reading
 from uringmig.units import div_ceil
 
@@ -81,7 +82,7 @@ def verify(
     with MappedRamReader(
         path, offset=offset, options=options, progress=progress, engine=engine
     ) as reader:
-        sidecar = Path(f"{os.fspath(path)}{manifest.SUFFIX}")
+        sidecar = Path(beside(path, manifest.SUFFIX))
         expected = _load_manifest(sidecar)
         notes = list(reader.notes)
         mismatches: list[MismatchError] = []

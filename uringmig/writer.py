@@ -314,6 +314,7 @@ class MappedRamWriter:
         return replace(
             result,
             manifest_path=manifest_path,
+            notes=self._notes(),
             time=replace(
                 result.time, elapsed=published - self._started, publish=published - synced
             ),
@@ -340,10 +341,12 @@ class MappedRamWriter:
                 elapsed=time.monotonic() - self._started,
                 sync=finished.durable.sync_seconds,
             ),
-            notes=tuple(
-                note for note in (self._engine.note, self._target.direct.note) if note is not None
-            ),
+            notes=self._notes(),
         )
+
+    def _notes(self) -> tuple[str, ...]:
+        """What the engine and the file system could not do."""
+        return (*([] if self._engine.note is None else [self._engine.note]), *self._target.notes)
 
     def _round(self, windows: Sequence[Window], *, first: bool = False) -> Iterator[Snapshot]:
         """Run all channels over ``windows`` until drained; on any exception the save has failed."""

@@ -128,7 +128,7 @@ class CopyRun:
     def notes(self) -> list[str]:
         """What the operator should know of engine, file and source."""
         target = self._partial.target
-        notes = (self._engine.note, target.direct.note, *self._guest.contents.notes)
+        notes = (self._engine.note, *target.notes, *self._guest.contents.notes)
         return [note for note in notes if note is not None]
 
     def publish(
@@ -163,7 +163,7 @@ class CopyRun:
             ratio=ratio,
             seconds=time.monotonic() - self._started,
             manifest=described,
-            notes=tuple(described.notes),
+            notes=tuple(dict.fromkeys((*described.notes, *target.notes))),
         )
 
     def _maybe_checkpoint(self, chunk_of: Callable[[Row], Chunk]) -> None:

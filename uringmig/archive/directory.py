@@ -34,11 +34,11 @@ from uringmig.archive.healing import (
     heal,
     read_rows,
     remove_files,
-    sync_folder,
 )
 from uringmig.errors import BytesError, StateError, StorageError
 from uringmig.image.manifest import SUFFIX as MANIFEST_SUFFIX
 from uringmig.image.manifest import Tier
+from uringmig.storage.folder import sync_folder
 from uringmig.storage.publication import PARTIAL
 
 _LOCK: Final = ".lock"

@@ -24,9 +24,15 @@ from uringmig.archive.entry import (
 )
 from uringmig.errors import BytesError, StorageError
 from uringmig.image import manifest
-from uringmig.storage.publication import PARTIAL
+from uringmig.storage import nameless
+from uringmig.storage.folder import sync_folder
+from uringmig.storage.publication import FORMER, PARTIAL, settle
 
 _SIDECAR_PARTIAL = manifest.SUFFIX + PARTIAL
+_SIDECAR_FORMER = manifest.SUFFIX + FORMER
+#: How the names of scratch files begin: those that are about to lose them, and those with which
+#: earlier releases measured disks.
+_SCRATCH = (nameless.PREFIX, ".depth-")
 
 
 @dataclass(slots=True)
@@ -115,6 +121,11 @@ def read_rows(folder: Path, *, known: dict[str, Row], problems: list[str]) -> li
 
 def clear_leftovers(folder: Path, report: HealReport) -> None:
     """Finish publications that lack only a rename, and remove what cannot go on."""
+    for name in sorted(_names(folder)):
+        if image := _image_of(name, _SIDECAR_FORMER) or _image_of(name, FORMER):
+            _settle(folder / image, report)
+        elif name.startswith(_SCRATCH):
+            _clear(folder / name, report)
     names = _names(folder)
     for name in sorted(names):
         if image := _image_of(name, _SIDECAR_PARTIAL):
@@ -149,13 +160,14 @@ def remove_files(image: Path) -> None:
         raise StorageError("cannot remove", errno=error.errno, path=image) from None
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames and removals in a folder durable."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def _settle(image: Path, report: HealReport) -> None:
+    """Undo or finish the replacement of an image that a killed save had begun."""
+    with _unwritten(Path(f"{image}{PARTIAL}"), missing=True) as free:
+        if not free:
+            return
+        with contextlib.suppress(StorageError):  # one that is just going on settles itself
+            settle(str(image), str(manifest_path(image)))
+            report.cleared.append(image.name + FORMER)
 
 
 def _finish_publication(image: Path, sidecar: Path, report: HealReport) -> None:
@@ -185,16 +197,22 @@ def _clear(path: Path, report: HealReport) -> None:
 
 
 @contextlib.contextmanager
-def _unwritten(path: Path) -> Iterator[bool]:
-    """Hold the lock that a file's writer would hold; False if there is such a writer."""
+def _unwritten(path: Path, *, missing: bool = False) -> Iterator[bool]:
+    """Hold the lock that a file's writer would hold; False if there is such a writer.
+
+    ``missing`` is what a file that is not there counts as.
+    """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        yield missing
+        return
     except OSError:
         yield False
         return
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except OSError:  # taken; or there are no locks here, and nobody can tell
         yield False
     else:
         yield True

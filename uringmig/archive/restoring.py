@@ -25,6 +25,7 @@ from uringmig.progress import ChannelCounters, Phase, ProgressCallback, take_sna
 from uringmig.qemu.monitor import Monitor
 from uringmig.qemu.streamload import StreamLoad, stream_into
 from uringmig.storage.buffers import aligned_buffer
+from uringmig.storage.folder import final_name
 from uringmig.storage.mainfile import MainFile
 from uringmig.storage.target import NamedTarget
 from uringmig.units import align_down
@@ -86,8 +87,8 @@ def restore_file(
         HostError: io_uring is required and cannot be had.
     """
     entry = archive.find(name)
-    path = Path(out).absolute()
-    if path.parent == archive.path:
+    path = Path(final_name(out))
+    if path.parent.resolve() == archive.path.resolve():
         raise StateError(f"{path} would be in the archive itself; restore to another folder")
     started = time.monotonic()
     with open_entry(entry, options=read) as opened:
@@ -164,8 +165,7 @@ def _write_plain(
         target.publish(None)
     finally:
         target.close()
-    note = target.direct.note
-    return size, () if note is None else (note,)
+    return size, target.notes
 
 
 class _StreamFile:

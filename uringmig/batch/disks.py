@@ -10,7 +10,6 @@ import contextlib
 import os
 import re
 import socket
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +24,7 @@ from uringmig.storage.buffers import aligned_buffer
 from uringmig.storage.choice import choose_engine
 from uringmig.storage.directfile import open_direct
 from uringmig.storage.engine import Operation
+from uringmig.storage.nameless import nameless_file, path_of
 from uringmig.units import MiB
 
 _DEVICES: Final = Path("/sys/dev/block")
@@ -166,14 +166,8 @@ def _measurable(path: str) -> Iterator[tuple[str, Operation]]:
     if not Path(path).is_dir():
         yield path, Operation.READ
         return
-    try:
-        scratch = tempfile.NamedTemporaryFile(dir=path, prefix=".depth-")  # noqa: SIM115
-    except OSError as error:
-        raise StorageError(
-            "cannot create a file to measure", errno=error.errno, path=path
-        ) from None
-    with scratch:
-        yield scratch.name, Operation.WRITE
+    with nameless_file(path) as scratch:
+        yield path_of(scratch), Operation.WRITE
 
 
 def _rate(fd: int, operation: Operation, depth: int) -> float:

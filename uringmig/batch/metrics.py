@@ -10,8 +10,12 @@ from pathlib import Path
 from typing import Final
 
 from uringmig.batch.state import JobState, RunView, Stage
+from uringmig.errors import UringmigError
+from uringmig.storage.smallfile import publish_bytes
 
 _INTERVAL_SECONDS: Final = 5.0
+#: The collector runs as another user; jobs and disks are named in it, nothing of a guest's memory.
+_MODE: Final = 0o644
 _STAGES: Final[tuple[Stage, ...]] = (
     "waiting", "running", "done", "skipped", "failed", "stopped",
 )  # fmt: skip
@@ -45,14 +49,11 @@ class MetricsFile:
             ended: the run is over.
         """
         self._written_at = time.monotonic()
-        partial = self._path.with_name(f".{self._path.name}.partial")
         try:
-            partial.write_text(render(view, now=time.time(), ended=ended))
-            # The collector runs as another user.
-            partial.chmod(0o644)
-            partial.replace(self._path)
-        except OSError as error:
-            self.trouble = f"{self._path}: metrics cannot be written: {error.strerror}"
+            data = render(view, now=time.time(), ended=ended).encode()
+            publish_bytes(self._path, data, mode=_MODE)
+        except UringmigError as error:
+            self.trouble = f"metrics cannot be written: {error}"
         else:
             self.trouble = ""
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from pathlib import Path
 from typing import Final
 
 from uringmig.batch.journal import Begun, Record, RunState, encode, replay
 from uringmig.errors import StorageError
+from uringmig.storage.smallfile import publish_bytes
 from uringmig.units import MiB
 
-_MODE: Final = 0o600
 #: Ten thousand jobs with every retry leave a tenth of this.
 _BYTES_MAX: Final = 256 * MiB
 
@@ -50,20 +49,7 @@ class RunRecord:
         Raises:
             StorageError: it cannot be written.
         """
-        partial = self._path.with_name(self._path.name + ".partial")
-        try:
-            with partial.open("wb") as file:
-                file.write(encode(begun))
-                file.flush()
-                os.fsync(file.fileno())
-            partial.rename(self._path)
-            _sync_folder(self._path.parent)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
-            raise StorageError(
-                "cannot write the journal", errno=error.errno, path=self._path
-            ) from None
+        publish_bytes(self._path, encode(begun))
         self._open()
 
     def go_on(self, state: RunState) -> None:
@@ -101,17 +87,8 @@ class RunRecord:
     def _open(self) -> None:
         """Open the existing file."""
         try:
-            self._fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, _MODE)
+            self._fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         except OSError as error:
             raise StorageError(
                 "cannot open the journal", errno=error.errno, path=self._path
             ) from None
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make names in a folder durable."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

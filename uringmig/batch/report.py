@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -11,6 +10,7 @@ import msgspec
 
 from uringmig.batch.state import JobState, Summary
 from uringmig.errors import StorageError
+from uringmig.storage.smallfile import publish_bytes
 from uringmig.units import format_duration, format_size
 
 FORMAT: Final = "uringmig-run-report"
@@ -99,6 +99,8 @@ def render_markdown(summary: Summary) -> str:
 def write_report(summary: Summary, folder: Path) -> None:
     """Write both reports, named by the run's time; earlier ones stay.
 
+    They name guests and what is wrong with them, so they are their owner's only.
+
     Raises:
         StorageError: they cannot be written.
     """
@@ -106,18 +108,10 @@ def write_report(summary: Summary, folder: Path) -> None:
     encoded = msgspec.json.format(msgspec.json.encode(describe_run(summary)), indent=1) + b"\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for path, data in (
-            (folder / f"{name}.md", render_markdown(summary).encode()),
-            (folder / f"{name}.json", encoded),
-        ):
-            partial = path.with_name(path.name + ".partial")
-            with partial.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.rename(path)
     except OSError as error:
-        raise StorageError("cannot write the report", errno=error.errno, path=folder) from None
+        raise StorageError("cannot make the folder", errno=error.errno, path=folder) from None
+    publish_bytes(folder / f"{name}.md", render_markdown(summary).encode())
+    publish_bytes(folder / f"{name}.json", encoded)
 
 
 def _table(jobs: Sequence[JobState]) -> list[str]:

@@ -24,9 +24,7 @@ def restore(
     context: typer.Context,
     archive: parameters.ArchiveFolder,
     name: parameters.EntryName,
-    out: Annotated[
-        Path | None, typer.Argument(help="The file's final name.", show_default=False)
-    ] = None,
+    out: Annotated[Path | None, parameters.OutFile] = None,
     qmp: Annotated[
         Path | None,
         typer.Option(

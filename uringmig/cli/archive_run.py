@@ -77,10 +77,7 @@ def run(
             show_default=_RESUME_WITHIN,
         ),
     ] = parse_duration(_RESUME_WITHIN),
-    metrics_file: Annotated[
-        Path | None,
-        typer.Option("--metrics-file", metavar="FILE", help="Keep Prometheus metrics here."),
-    ] = None,
+    metrics_file: parameters.MetricsFile = None,
     report: Annotated[
         Path | None,
         typer.Option("--report", metavar="DIR", help="Write a Markdown and a JSON report here."),

@@ -37,6 +37,7 @@ def bench(
         Path | None,
         typer.Option(
             "--out",
+            parser=parameters.new_file,
             metavar="FILE",
             help="The profile file, to which this place is added.",
             show_default="uringmig/profiles.json in $XDG_CONFIG_HOME or ~/.config",

@@ -16,6 +16,7 @@ from uringmig.format.constants import MAPPED_RAM_FILE_OFFSET_ALIGNMENT
 from uringmig.image import manifest
 from uringmig.options import PAGE_SIZE, ReadOptions
 from uringmig.reader import BlockInfo, MappedRamReader
+from uringmig.storage.folder import beside
 from uringmig.units import format_size, is_aligned
 
 
@@ -80,7 +81,7 @@ def inspect(
 def _summarise(reader: MappedRamReader, file: Path) -> ImageSummary:
     """Collect what is shown."""
     image = reader.image
-    sidecar = Path(f"{file}{manifest.SUFFIX}")
+    sidecar = Path(beside(file, manifest.SUFFIX))
     return ImageSummary(
         path=str(file),
         base=image.base,

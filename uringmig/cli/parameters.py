@@ -44,6 +44,16 @@ def seconds(text: str | float) -> float:
         raise typer.BadParameter(str(error)) from None
 
 
+def new_file(text: str | Path) -> Path:
+    """The name of a file that is to be made, as it was typed.
+
+    A slash at its end, which `Path` would drop, says that a folder is meant.
+    """
+    if str(text).endswith("/"):
+        raise typer.BadParameter(f"{text} is the name of a folder; name a file")
+    return Path(text)
+
+
 ImageFile = Annotated[Path, typer.Argument(help="The image.", show_default=False)]
 QmpSocket = Annotated[
     Path,
@@ -117,6 +127,19 @@ EntryName = Annotated[str, typer.Argument(help="The entry's name.", show_default
 OnlyVm = Annotated[
     str | None,
     typer.Option("--vm", metavar="VM", help="Only entries of this VM.", show_default="all"),
+]
+#: Use as ``Annotated[Path, OutFile]``, or with a None.
+OutFile: Final = typer.Argument(
+    parser=new_file,
+    metavar="OUT",
+    help="The file's final name; a symbolic link is followed.",
+    show_default=False,
+)
+MetricsFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--metrics-file", parser=new_file, metavar="FILE", help="Keep Prometheus metrics here."
+    ),
 ]
 
 #: Every option of a transfer: declared here, and made into options by `takes_options`, only.

@@ -21,7 +21,7 @@ from uringmig.units import format_size
 def save(
     context: typer.Context,
     qmp: parameters.QmpSocket,
-    out: Annotated[Path, typer.Argument(help="The image's final name.", show_default=False)],
+    out: Annotated[Path, parameters.OutFile],
     then: Annotated[
         Literal["cont", "quit", "leave"] | None,
         typer.Option(

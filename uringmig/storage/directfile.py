@@ -6,7 +6,6 @@ Direct I/O is a stated choice with three values. ``required`` fails with the cau
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import os
@@ -18,13 +17,12 @@ from uringmig.errors import StateError, StorageError
 from uringmig.options import PAGE_SIZE, DirectMode
 from uringmig.storage.buffers import aligned_buffer
 from uringmig.storage.engine import Operation
+from uringmig.storage.statx import statx_of
 
 #: statx(2), Linux 6.1: ask for the alignment of direct I/O.
 STATX_DIOALIGN: Final = 0x2000
-_AT_EMPTY_PATH: Final = 0x1000
 #: Offset of stx_dio_mem_align in struct statx; stx_dio_offset_align follows.
 _DIO_MEM_ALIGN_AT: Final = 152
-_STATX_BYTES: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,20 +161,14 @@ def probe_alignment(fd: int) -> Alignment:
     Raises:
         StorageError: the file system says that direct I/O is not possible on this file.
     """
-    libc = ctypes.CDLL(None, use_errno=True)
-    statx = getattr(libc, "statx", None)
-    if statx is None:
+    result = statx_of(fd, STATX_DIOALIGN)
+    if result is None:
         return _SAFE_ALIGNMENT
-    statx.restype = ctypes.c_int
-    statx.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_void_p]
-    result = ctypes.create_string_buffer(_STATX_BYTES)
-    if statx(fd, b"", _AT_EMPTY_PATH, STATX_DIOALIGN, result) != 0:
-        return _SAFE_ALIGNMENT
-    mask = int.from_bytes(result.raw[:4], "little")
+    mask = int.from_bytes(result[:4], "little")
     if not mask & STATX_DIOALIGN:
         return _SAFE_ALIGNMENT
     memory, offset = (
-        int.from_bytes(result.raw[at : at + 4], "little")
+        int.from_bytes(result[at : at + 4], "little")
         for at in (_DIO_MEM_ALIGN_AT, _DIO_MEM_ALIGN_AT + 4)
     )
     return Alignment(memory=memory, offset=offset)

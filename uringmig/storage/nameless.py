@@ -14,6 +14,8 @@ from uringmig.storage.mainfile import MainFile
 
 #: What a file system without O_TMPFILE answers (open(2)); an old kernel takes it for a folder.
 _NO_TMPFILE: Final = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL})
+#: How the names begin that such files have for a moment where there is no O_TMPFILE.
+PREFIX: Final = ".uringmig-"
 _FLAGS: Final = os.O_RDWR | os.O_CLOEXEC
 _MODE: Final = 0o600
 
@@ -41,6 +43,21 @@ def nameless_file(folder: str) -> Iterator[MainFile]:
         file.close()
 
 
+def owner_of_new_files(folder: str) -> int:
+    """User id that a file gets which this process makes in ``folder``.
+
+    Not always its own: an export may map it, and some file systems know only one owner.
+
+    Raises:
+        OSError: no file can be made there.
+    """
+    fd = _create(folder)
+    try:
+        return os.fstat(fd).st_uid
+    finally:
+        os.close(fd)
+
+
 def path_of(file: MainFile) -> str:
     """A path by which a nameless file can be opened once more."""
     return f"/proc/self/fd/{file.fd}"
@@ -53,7 +70,7 @@ def _create(folder: str) -> int:
     except OSError as error:
         if error.errno not in _NO_TMPFILE or not os.path.isdir(folder):
             raise
-    path = os.path.join(folder, f".uringmig-{secrets.token_hex(8)}")
+    path = os.path.join(folder, f"{PREFIX}{secrets.token_hex(8)}")
     try:
         return os.open(path, os.O_CREAT | os.O_EXCL | _FLAGS, _MODE)
     finally:

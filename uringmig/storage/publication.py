@@ -1,28 +1,42 @@
 """How a file gets its name: NAME.partial, made durable, renamed, the folder synced.
 
-A name without ``.partial`` is a whole, durable file. A sidecar is published with its file such that
-no crash leaves a new file beside an old sidecar: the old sidecar goes first, the new one comes
-last, and a file without one is still whole.
+A name without ``.partial`` is a whole, durable file; and its sidecar, if it has one, is its own.
+Two names cannot be replaced at once, so a publication goes through steps, each of which can be
+undone until the last:
 
-A partial file is locked with flock(2) while its writer lives, so a second writer is refused and
-what a killed one left is taken over.
+    1. NAME.json.partial is written and made durable        (NAME is the former file)
+    2. NAME gets a second name, NAME.former                 (where there are no links: only that)
+    3. NAME.json -> NAME.json.former, folder synced
+    4. NAME.partial -> NAME, folder synced                  (NAME is the new file)
+    5. NAME.json.partial -> NAME.json, folder synced        (success is said after this)
+    6. NAME.json.former and NAME.former are removed
+
+So no power cut, whatever of the steps since the last sync it forgets, leaves a new file beside an
+old sidecar or the reverse: between 3 and 5 there is none, and a file without one is still whole. A
+step that fails puts the former file and its sidecar back. What a killed writer leaves tells how far
+it came (NAME and NAME.former are one file until 4), and `settle`, which the next writer of the name
+and the archive's healing call, undoes it before 4 and finishes it after.
+
+Nothing is written before it has been looked whether the name can be replaced at all.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
-import stat
 from typing import Final
 
 from uringmig.errors import StateError, StorageError
+from uringmig.storage import partialfile
+from uringmig.storage.folder import Folder, check_replaceable, final_name
 from uringmig.storage.mainfile import MainFile
 
 PARTIAL: Final = ".partial"
+#: The file that a publication is about to replace, and its sidecar.
+FORMER: Final = ".former"
 #: QEMU creates its files so too (migration/file.c): guest memory is nobody else's business.
-_MODE: Final = 0o600
+PRIVATE: Final = 0o600
 #: NAME_MAX of linux/limits.h.
 _NAME_BYTES_MAX: Final = 255
 
@@ -31,54 +45,68 @@ class Publication:
     """One file on its way to its final name.
 
     Args:
-        path: the final name.
-        sidecar: suffix of the sidecar's name.
+        path: the final name; a symbolic link is followed, see `final_name`.
+        sidecar: suffix of the sidecar's name; None: there is none, and none is removed.
         keep: what a killed writer left in the partial file stays there, for the caller to judge.
+        mode: for whom the files are.
+
+    Attributes:
+        path: the final name, absolute.
+        main: the buffered descriptor of the partial file; it also holds the lock.
+        notes: what the file system could not do, one line each; complete after `publish`.
 
     Raises:
         StateError: the name cannot be a file's.
-        StorageError: the partial file cannot be made, or another writer holds it.
+        StorageError: the name cannot be replaced, the partial file cannot be made, or another
+            writer holds it.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, sidecar: str, keep: bool = False) -> None:
-        self.path = os.path.abspath(os.fspath(path))
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        sidecar: str | None,
+        keep: bool = False,
+        mode: int = PRIVATE,
+    ) -> None:
+        self.path = final_name(path)
         self.partial_path = self.path + PARTIAL
-        self.sidecar_path = self.path + sidecar
-        _check_name(self.path, longest=self.sidecar_path + PARTIAL)
-        #: The buffered descriptor of the partial file; it also holds the lock.
-        self.main = MainFile(_create_locked(self.partial_path, keep), self.partial_path)
+        self.sidecar_path = None if sidecar is None else self.path + sidecar
+        self._mode = mode
+        self._check_names()
+        self._folder = Folder(self.path)
+        try:
+            fd, notes = partialfile.take(self.partial_path, keep=keep, mode=mode)
+        except BaseException:
+            self._folder.close()
+            raise
+        self.notes = list(notes)
+        self.main = MainFile(fd, self.partial_path)
         self._open = True
+        try:
+            settle(self.path, self.sidecar_path)
+        except BaseException:
+            self.leave() if keep else self.discard()
+            raise
 
     def publish(self, sidecar: bytes | None) -> None:
         """Give the file, already durable, its final name; success is said only after this.
 
         Raises:
-            StorageError: the name does not exist, or still holds its former content.
+            StorageError: the name does not exist, or still holds its former content, with its
+                sidecar.
         """
-        sidecar_partial = self.sidecar_path + PARTIAL
-        folder = _open_folder(self.path)
+        if self.sidecar_path is None and sidecar is not None:
+            raise StateError(f"{self.path}: was not opened for a sidecar")
         try:
-            if sidecar is not None:
-                _write_durable(sidecar_partial, sidecar)
-            if _unlink(self.sidecar_path):
-                os.fsync(folder)
-            os.rename(self.partial_path, self.path)
-            try:
-                if sidecar is not None:
-                    os.rename(sidecar_partial, self.sidecar_path)
-                os.fsync(folder)
-            except OSError:
-                _unlink(self.path)
-                _unlink(self.sidecar_path)
-                raise
+            self._rename(sidecar)
         except BaseException as error:
-            with contextlib.suppress(OSError):
-                _unlink(sidecar_partial)
+            self._put_back()
             if isinstance(error, OSError):
                 raise StorageError("cannot publish", errno=error.errno, path=self.path) from None
             raise
-        finally:
-            os.close(folder)
+        with contextlib.suppress(OSError):
+            self._drop_former(sidecar)
         self._close()
 
     def discard(self) -> None:
@@ -92,78 +120,142 @@ class Publication:
                 _unlink(self.partial_path)
             self._close()
 
+    def leave(self) -> None:
+        """Close without publishing; the partial file stays for whoever goes on with it."""
+        if self._open:
+            self._close()
+
+    def _check_names(self) -> None:
+        """Refuse what would only fail when everything has been written."""
+        names = [self.path, self.path + FORMER]
+        if self.sidecar_path is not None:
+            names += [self.sidecar_path + suffix for suffix in ("", FORMER, PARTIAL)]
+        longest = max(len(os.fsencode(os.path.basename(name))) for name in names)
+        longest = max(longest, len(os.fsencode(os.path.basename(self.partial_path))))
+        if longest > _NAME_BYTES_MAX:
+            beyond = longest - _NAME_BYTES_MAX
+            raise StateError(
+                f"{self.path}: the name is {beyond} bytes too long for what goes beside it"
+            )
+        for name in names:
+            check_replaceable(name)
+
+    def _rename(self, sidecar: bytes | None) -> None:
+        """Do steps 1 to 5."""
+        beside = self.sidecar_path
+        if beside is not None and sidecar is not None:
+            _write_durable(beside + PARTIAL, sidecar, self._mode)
+        replaced = _set_aside(self.path)
+        if beside is not None and _move(beside, beside + FORMER):
+            self._sync()
+        os.rename(self.partial_path, self.path)
+        if beside is not None and sidecar is not None:
+            if replaced:
+                self._sync()
+            os.rename(beside + PARTIAL, beside)
+        self._sync()
+
+    def _put_back(self) -> None:
+        """Undo the steps that were done; on a disk that refuses this too, `settle` may later."""
+        beside = self.sidecar_path
+        if beside is not None:
+            with contextlib.suppress(OSError):
+                _unlink(beside + PARTIAL)
+        with contextlib.suppress(OSError):
+            if partialfile.same_file(self.main.fd, self.path):
+                if beside is not None:
+                    _unlink(beside)
+                if not os.path.lexists(self.path + FORMER):
+                    _unlink(self.path)
+            _take_back(self.path)
+            if beside is not None:
+                _take_back(beside)
+            self._sync()
+
+    def _drop_former(self, sidecar: bytes | None) -> None:
+        """Do step 6; what remains of it is the next writer's to remove."""
+        if self.sidecar_path is not None:
+            if sidecar is None:
+                _unlink(self.sidecar_path + PARTIAL)
+            _unlink(self.sidecar_path + FORMER)
+        _unlink(self.path + FORMER)
+
+    def _sync(self) -> None:
+        """Make the names durable."""
+        note = self._folder.sync(self.main.fd)
+        if note is not None and note not in self.notes:
+            self.notes.append(note)
+
     def _close(self) -> None:
-        """Close the descriptor, and with it the lock."""
+        """Close the descriptors, and with them the lock."""
         self._open = False
+        self._folder.close()
         self.main.close()
 
 
-def _check_name(path: str, *, longest: str) -> None:
-    """Refuse what a rename could not replace, and a name whose length would only show then.
+def settle(path: str, sidecar_path: str | None) -> None:
+    """Put right what a killed publication of ``path`` left; nothing is done where nothing is.
 
-    ``longest`` is the longest name that will be made beside ``path``.
+    The caller holds the partial file's lock, or knows that there is no writer.
+
+    Raises:
+        StorageError: another writer is just publishing, or a file cannot be renamed or removed.
     """
-    beyond = len(os.fsencode(os.path.basename(longest))) - _NAME_BYTES_MAX
-    if beyond > 0:
-        raise StateError(f"{path}: the name is {beyond} bytes too long for what goes beside it")
-    try:
-        mode = os.stat(path).st_mode
-    except FileNotFoundError:
+    former = path + FORMER
+    beside = None if sidecar_path is None else sidecar_path + FORMER
+    if not any(name is not None and os.path.lexists(name) for name in (former, beside)):
         return
-    except OSError as error:
-        raise StorageError("cannot look at", errno=error.errno, path=path) from None
-    if not stat.S_ISREG(mode):
-        raise StateError(f"{path}: exists and is not a regular file")
-
-
-def _create_locked(path: str, keep: bool) -> int:
-    """Create or take over the partial file, locked, and empty unless asked to keep it."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-    while True:
-        try:
-            fd = os.open(path, flags, _MODE)
-        except OSError as error:
-            raise StorageError("cannot create", errno=error.errno, path=path) from None
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Between open and lock its former owner may have renamed it: then it is not ours.
-            if _same_file(fd, path):
-                os.fchmod(fd, _MODE)
-                if not keep:
-                    os.ftruncate(fd, 0)
-                return fd
-        except OSError as error:
-            os.close(fd)
-            if error.errno == errno.EWOULDBLOCK:
-                raise StorageError(
-                    "another save is writing this file", errno=error.errno, path=path
-                ) from None
-            raise StorageError("cannot prepare", errno=error.errno, path=path) from None
-        os.close(fd)
-
-
-def _same_file(fd: int, path: str) -> bool:
-    """Say whether ``path`` still names the open file."""
+    if partialfile.is_written(path):
+        raise StorageError("another save is writing this file", errno=errno.EAGAIN, path=path)
     try:
-        named = os.stat(path, follow_symlinks=False)
-    except FileNotFoundError:
+        if not os.path.lexists(former):
+            pass
+        elif os.path.lexists(path) and not os.path.samefile(former, path):
+            if sidecar_path is not None and not os.path.lexists(sidecar_path):
+                _move(sidecar_path + PARTIAL, sidecar_path)
+        else:
+            if sidecar_path is not None and not os.path.lexists(sidecar_path):
+                _take_back(sidecar_path)
+            _take_back(path)
+        if beside is not None:
+            _unlink(beside)
+        _unlink(former)
+    except OSError as error:
+        raise StorageError("cannot heal", errno=error.errno, path=path) from None
+
+
+def _set_aside(path: str) -> bool:
+    """Keep the present file under a second name; say whether there is one."""
+    if not os.path.lexists(path):
         return False
-    opened = os.fstat(fd)
-    return (named.st_dev, named.st_ino) == (opened.st_dev, opened.st_ino)
-
-
-def _open_folder(path: str) -> int:
-    """Open the folder of ``path``, for its fsync."""
     try:
-        return os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        raise StorageError("cannot open the folder", errno=error.errno, path=path) from None
+        os.link(path, path + FORMER)
+    except OSError:
+        # No links here (FAT, CIFS, some FUSE), or none to another's file: it moves.
+        os.rename(path, path + FORMER)
+    return True
 
 
-def _write_durable(path: str, data: bytes) -> None:
-    """Write a small file and make it durable; a link is not followed, a FIFO not waited for."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-    fd = os.open(path, flags, _MODE)
+def _take_back(path: str) -> None:
+    """Give a file that was set aside its name again, if it was."""
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(path + FORMER, path)
+        # Two names of one file: then a rename does nothing.
+        _unlink(path + FORMER)
+
+
+def _move(path: str, to: str) -> bool:
+    """Rename a file; say whether there was one."""
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(path, to)
+        return True
+    return False
+
+
+def _write_durable(path: str, data: bytes, mode: int) -> None:
+    """Write a small file and make it durable; whatever lay there is nobody's, and goes."""
+    _unlink(path)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
         file = MainFile(fd, path)
         file.write_at(0, data)

@@ -7,7 +7,7 @@ stream. No flag is ever toggled and nothing is dup'ed.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from uringmig.options import PAGE_SIZE, DirectMode
@@ -24,6 +24,10 @@ class Target(Protocol):
     main: MainFile
     path: str
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What could not be had, one line each; complete after `publish`."""
+
     def publish(self, sidecar: bytes | None) -> str | None:
         """Give the durable file its name; return the path of the sidecar, if there is one."""
 
@@ -35,7 +39,7 @@ class NamedTarget:
     """A path: written as ``NAME.partial``, renamed when it is whole and durable.
 
     Args:
-        path: the final name.
+        path: the final name; a symbolic link is followed.
         mode: O_DIRECT or not, for the pages.
         sidecar_suffix: of the manifest's name.
         keep: asked, before anything else, whether a partial file that was there is of use; it
@@ -58,8 +62,9 @@ class NamedTarget:
         self.path = self._publication.path
         self.main = self._publication.main
         self.partial_path = self._publication.partial_path
+        #: Whether there was a partial file of use, which was kept.
+        self.kept = False
         try:
-            #: Whether there was a partial file of use, which was kept.
             self.kept = keep is not None and keep(self.main)
             if not self.kept:
                 self.main.set_size(0)
@@ -69,20 +74,41 @@ class NamedTarget:
             else:
                 self.main.set_size(0)  # the probe left a page
         except BaseException:
-            self._publication.discard()
+            self._end(keep=self.kept)
             raise
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the file system could not do, one line each; complete after `publish`."""
+        return _noted(self.direct, self._publication.notes)
 
     def publish(self, sidecar: bytes | None) -> str | None:
         """Rename, sidecar included; see `Publication.publish`."""
         self._publication.publish(sidecar)
         return None if sidecar is None else self._publication.sidecar_path
 
-    def close(self) -> None:
-        """Close both descriptors; remove the partial file if it was not published."""
+    def close(self, *, keep: bool = False) -> None:
+        """Close both descriptors; remove the partial file if it was not published.
+
+        Args:
+            keep: the partial file stays, for a later writer to go on with.
+        """
         try:
             os.close(self.direct.fd)
         finally:
+            self._end(keep=keep)
+
+    def _end(self, *, keep: bool) -> None:
+        """Let the partial file go, one way or the other."""
+        if keep:
+            self._publication.leave()
+        else:
             self._publication.discard()
+
+
+def _noted(direct: DirectFile, notes: Sequence[str]) -> tuple[str, ...]:
+    """All notes of a file."""
+    return (*([] if direct.note is None else [direct.note]), *notes)
 
 
 class PassedTarget:
@@ -99,6 +125,7 @@ class PassedTarget:
         self.path = f"descriptors {direct_fd} and {main_fd}"
         self.direct = adopt_direct(direct_fd)
         self.main = MainFile(main_fd, self.path)
+        self.notes = _noted(self.direct, ())
 
     def publish(self, sidecar: bytes | None) -> str | None:
         """Nothing: the name is the caller's, and there is no place for a sidecar."""
