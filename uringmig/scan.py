@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 
 from uringmig.format.layout import BlockLayout
 from uringmig.image import digest
+from uringmig.image.window import Rewritten, settle_window
 from uringmig.iobatch import IoPlan
 from uringmig.memory.source import Extents, MemorySource
 from uringmig.options import PAGE_SIZE, WINDOW_BYTES, WriteOptions
 from uringmig.pages import bitmap
-from uringmig.pages.runs import runs_from_bits
 from uringmig.pages.zero import nonzero_pages
-from uringmig.plan import Window, bridge_gaps, gap_pages, plan_runs
+from uringmig.plan import Window, plan_runs
 from uringmig.progress import ChannelCounters
 from uringmig.units import div_ceil
 
@@ -75,36 +75,25 @@ class SaveWork:
         data = self._data = block.memory.data_extents(
             start=window.start_bytes, length=window.length_bytes
         )
-        bits = np.zeros(window.page_count, np.bool_)
-        not_holes = np.zeros(window.page_count, np.bool_)
+        nonzero = np.zeros(window.page_count, np.bool_)
+        readable = np.zeros(window.page_count, np.bool_)
         for start, length in zip(data.start.tolist(), data.length.tolist(), strict=True):
             first = start // PAGE_SIZE - window.first_page
-            pages = slice(first, first + length // PAGE_SIZE)
+            piece = slice(first, first + length // PAGE_SIZE)
             block.memory.prefault(start=start, length=length)
-            bits[pages] = nonzero_pages(block.memory.view[start : start + length])
-            not_holes[pages] = True
-        wanted, bridgeable = bits, not_holes
-        considered = window.page_count
-        if block.dense:
-            wanted = bridgeable
-            bits = np.ones(window.page_count, np.bool_)
-        if block.selected is not None:
-            place = (window.first_page, window.page_count)
-            selected = bitmap.unpack(block.selected, first_page=place[0], page_count=place[1])
-            before = bitmap.unpack(block.bitmap, first_page=place[0], page_count=place[1])
-            # The others keep their bits and their bytes on disk. A dense block's slots may hold
-            # older bytes under bits that stay set: there zeros are written like any other page.
-            wanted = selected if block.dense else wanted & selected
-            bits = np.where(selected, bits, before)
-            bridgeable = bridgeable & selected
-            considered = int(np.count_nonzero(selected))
-        bitmap.store(block.bitmap, first_page=window.first_page, bits=bits)
-        self._counters.zero_bytes += PAGE_SIZE * (considered - int(np.count_nonzero(wanted)))
-        wanted = bridge_gaps(
-            wanted, bridgeable=bridgeable, gap_pages=gap_pages(self._options.bridge)
+            nonzero[piece] = nonzero_pages(block.memory.view[start : start + length])
+            readable[piece] = True
+        later = self._later(block, window)
+        pages = settle_window(
+            nonzero, readable, dense=block.dense, fresh=later is None, later=later
         )
+        bitmap.store(block.bitmap, first_page=window.first_page, bits=pages.bits)
+        considered = window.page_count
+        if later is not None:
+            considered = int(np.count_nonzero(later.selected))
+        self._counters.zero_bytes += PAGE_SIZE * (considered - int(np.count_nonzero(pages.stored)))
         return plan_runs(
-            runs_from_bits(wanted),
+            pages.runs(self._options.bridge),
             address=block.memory.address + window.start_bytes,
             file_offset=block.layout.pages_offset + window.start_bytes,
             block_size=self._options.block_size,
@@ -121,6 +110,16 @@ class SaveWork:
 
     def finished(self, window: Window) -> None:
         """Nothing: the pages are where they belong."""
+
+    def _later(self, block: SavedBlock, window: Window) -> Rewritten | None:
+        """The pages of a later round; None in the first."""
+        if block.selected is None:
+            return None
+        first, count = window.first_page, window.page_count
+        return Rewritten(
+            selected=bitmap.unpack(block.selected, first_page=first, page_count=count),
+            bits=bitmap.unpack(block.bitmap, first_page=first, page_count=count),
+        )
 
 
 def skip_holes(

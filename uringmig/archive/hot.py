@@ -24,11 +24,12 @@ from uringmig.contents.source import Contents, Row
 from uringmig.format.layout import ImageLayout, plan_layout
 from uringmig.image import digest
 from uringmig.image.draft import ImageDraft
+from uringmig.image.window import settle_window
 from uringmig.iobatch import IoPlan
 from uringmig.options import PAGE_SIZE, WINDOW_BYTES, WriteOptions
 from uringmig.pages import bitmap
 from uringmig.pages.runs import runs_from_bits
-from uringmig.plan import Window, bridge_gaps, gap_pages, plan_runs
+from uringmig.plan import Window, plan_runs
 from uringmig.progress import ChannelCounters, ProgressCallback
 from uringmig.storage.buffers import aligned_buffer
 from uringmig.storage.choice import EngineChoice, choose_engine
@@ -228,19 +229,20 @@ class _HotWork:
         if not held.start:  # nothing to write, and its bits are clear from the start
             self._counters.zero_bytes += len(held.memory)
             return NOTHING
-        bits = held.nonzero()
-        if block_index in self._dense:
-            bits = np.ones_like(bits)
-        self._guest.note(held.row, bits)
+        # Slots may hold an interrupted copy's bytes or an earlier image's: a dense block's memory
+        # is all there, zeros too (`Intake`), and all of it is written.
+        pages = settle_window(
+            held.nonzero(), held.readable(), dense=block_index in self._dense, fresh=False
+        )
+        self._guest.note(held.row, pages.bits)
         if self._slots is not None:
             # Not bridged: a page that is written again is shared no more.
-            wanted = self._slots.differing(held, bits, self._slot_buffer)
+            runs = runs_from_bits(self._slots.differing(held, pages.stored, self._slot_buffer))
         else:
-            gap = gap_pages(self._options.bridge)
-            wanted = bridge_gaps(bits, bridgeable=held.readable(), gap_pages=gap)
-        self._counters.zero_bytes += PAGE_SIZE * int(np.count_nonzero(~bits))
+            runs = pages.runs(self._options.bridge)
+        self._counters.zero_bytes += PAGE_SIZE * int(np.count_nonzero(~pages.bits))
         return plan_runs(
-            runs_from_bits(wanted),
+            runs,
             address=held.memory.ctypes.data,
             file_offset=self._layout.blocks[block_index].pages_offset + row * WINDOW_BYTES,
             block_size=self._options.block_size,

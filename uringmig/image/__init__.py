@@ -1,1 +1,1 @@
-"""One mapped-ram image: its stream parsed, its manifest and digests."""
+"""One mapped-ram image: its stream parsed, its windows settled, its end written, its manifest."""
