@@ -94,8 +94,14 @@ def test_killed_at_random_times(tmp_path: Path, sources: Path) -> None:
     assert killed
 
 
-def test_what_was_done_is_skipped_and_a_copy_goes_on(tmp_path: Path, sources: Path) -> None:
-    """Killed in the last third of the second copy: its durable chunks are not copied again."""
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
+def test_what_was_done_is_skipped_and_a_copy_goes_on(
+    tmp_path: Path, sources: Path, number: signal.Signals
+) -> None:
+    """Ended in the last third of the second copy: its durable chunks are not copied again.
+
+    A clean stop, as of a reboot, keeps what a kill cannot take away.
+    """
     make_image(tmp_path / "d.mig", size=384 * MiB, pattern="idle")
     path = write_jobs(
         tmp_path,
@@ -109,7 +115,11 @@ def test_what_was_done_is_skipped_and_a_copy_goes_on(tmp_path: Path, sources: Pa
         journal = next((tmp_path / "archive").glob("d-*.journal"), None)
         assert process.poll() is None, "the copy ended before it had a journal"
         time.sleep(0.02)
-    kill(process)
+    if number == signal.SIGKILL:
+        kill(process)
+    else:
+        process.send_signal(number)
+        assert finish(process).code == 128 + number
     assert list((tmp_path / "archive").glob("d-*.partial"))
     ended = run_jobs(path)
     assert ended.code == 0

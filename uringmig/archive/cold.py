@@ -181,7 +181,7 @@ class _ColdCopy:
             direct=options.direct,
             journal=resume,
         )
-        stack.callback(self._partial.close)
+        stack.enter_context(self._partial)
         self._target = self._partial.target
         self._rows = self._take_over()
         self._copy = CopyRun(

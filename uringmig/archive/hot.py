@@ -108,7 +108,7 @@ class HotCopy:
             direct=options.direct,
             journal=resume,
         )
-        stack.callback(self._partial.close)
+        stack.enter_context(self._partial)
         self._target = self._partial.target
         self._rows = self._guest.take_over(self._partial.taken_over)
         self._draft = ImageDraft(

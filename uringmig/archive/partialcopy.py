@@ -2,7 +2,11 @@
 
 The partial file begins with a mark and a token that the journal repeats, until its real first bytes
 are written at the end: so neither is ever taken for something of another copy, and no reader takes
-the partial file for an image. Whoever gives up removes both; only a killed copy leaves them.
+the partial file for an image.
+
+What is left of a copy that ends early depends on its last checkpoint, not on how it ended: if there
+is one, a signal, a full disk, a peer that goes away and kill -9 all leave both files. Without one a
+clean end leaves nothing, and neither do contents that are not what they should be.
 """
 
 from __future__ import annotations
@@ -11,11 +15,11 @@ import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, Self
 
 from uringmig.archive import copyjournal
 from uringmig.archive.copyjournal import Chunk, Journal, JournalHeader
-from uringmig.errors import FormatError, StorageError
+from uringmig.errors import BytesError, FormatError, StateError, StorageError
 from uringmig.image import manifest
 from uringmig.options import DirectMode
 from uringmig.storage.mainfile import MainFile
@@ -27,6 +31,8 @@ _MODE: Final = 0o600
 
 class PartialCopy:
     """The file being written, and what an interrupted copy of the same left durable in it.
+
+    A context manager, which closes it and keeps what a later copy can go on with.
 
     Args:
         out: the final name.
@@ -85,7 +91,7 @@ class PartialCopy:
         try:
             self.target.main.write_at(0, _MARK + bytes.fromhex(self._header.token))
         except BaseException:
-            self.close()
+            self.close(keep=self._journal_end > 0)
             raise
 
     def checkpoint(self, chunks: Sequence[Chunk]) -> None:
@@ -117,14 +123,27 @@ class PartialCopy:
         """
         return self.target.publish(sidecar)
 
-    def close(self) -> None:
-        """Remove the journal, and the partial file unless it was published."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Close; see the module for what stays."""
+        # Wrong contents, or a caller's mistake, are the same the next time.
+        hopeless = kind is None or issubclass(kind, (BytesError, StateError))
+        self.close(keep=not hopeless and self._journal_end > 0)
+
+    def close(self, *, keep: bool = False) -> None:
+        """Remove the journal, and the partial file unless it was published.
+
+        Args:
+            keep: leave both for a later copy.
+        """
         if self._journal is not None:
             self._journal.close()
-        if self._journal_path is not None:
+        if self._journal_path is not None and not keep:
             with contextlib.suppress(OSError):
                 self._journal_path.unlink()
-        self.target.close()
+        self.target.close(keep=keep)
 
 
 def _mark(journal: Journal) -> bytes:

@@ -24,6 +24,8 @@ BYTES_MAX: Final = 16 * MiB
 JOBS_MAX: Final = 10_000
 RETRIES_MAX: Final = 100
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+:-]{0,127}")
+#: What makes an entry's name another one in every run.
+TIME_FIELD: Final = "{time}"
 _FIELD: Final = re.compile(r"\{([^{}]*)\}|[{}]")
 _PLACE: Final = re.compile(r"(.*?)(?: - at `(?:key in )?\$\.?(.*?)(?: in `[^`]*`)?`)?")
 _DEFAULT_OPTIONS: Final = WriteOptions()

@@ -20,11 +20,12 @@ from uringmig.archive.directory import Archive, Place
 from uringmig.archive.entry import Entry
 from uringmig.archive.healing import heal
 from uringmig.batch import journal
-from uringmig.batch.job import JobFile, entry_name
+from uringmig.batch.job import TIME_FIELD, JobFile, entry_name
 from uringmig.batch.messages import Archived
 from uringmig.batch.record import RunRecord, read_state
 from uringmig.batch.state import JobState
 from uringmig.errors import StateError, UringmigError
+from uringmig.storage.publication import PARTIAL
 
 TIME_FORMAT: Final = "%Y%m%dT%H%M%SZ"
 
@@ -196,14 +197,30 @@ class Ledger:
             state.warnings.append("the entry is whole, but was not read back")
         return archived
 
-    def fail(self, state: JobState, place: Place | None) -> None:
-        """Remove what a job has left that is given up, and note that."""
+    def fail(self, state: JobState, place: Place | None, *, stopped: bool) -> None:
+        """Remove what a job has left that nobody goes on with, and note that it is given up.
+
+        Args:
+            state: of the job.
+            place: where it was writing, if it was.
+            stopped: the run was stopped, and the next one goes on with it.
+        """
         if place is not None:
+            # A later run, too, has an entry of this name if there is no time in it.
+            again = stopped or TIME_FIELD not in state.job.entry
             try:
-                self._archives[state.job.archive].discard(place)
+                if not (again and place.journal.exists()):
+                    self._archives[state.job.archive].discard(place)
             except OSError as error:
                 state.warnings.append(f"{place.image}: leftovers remain: {error.strerror}")
         self._record.append(journal.Failed(job=state.job.name, kind=state.kind, error=state.error))
+
+    def unfinished_bytes(self, archive: str) -> int:
+        """What interrupted copies take in an archive: they go on there, or are removed."""
+        opened = self._archives.get(archive)
+        if opened is None:
+            return 0
+        return sum(allocated_bytes(place) for place in opened.unfinished())
 
     def end(self) -> None:
         """Note that every job is through."""
@@ -275,6 +292,14 @@ class Ledger:
 
     def _place(self, archive: str, name: str, tier: str) -> Place:
         return self._archives[archive].place(name, "cold" if tier == "cold" else "hot")
+
+
+def allocated_bytes(place: Place) -> int:
+    """What an unfinished copy takes on its disk."""
+    try:
+        return Path(f"{place.image}{PARTIAL}").stat().st_blocks * 512
+    except OSError:
+        return 0
 
 
 def describe_entry(entry: Entry) -> Archived:

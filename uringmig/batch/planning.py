@@ -42,16 +42,21 @@ class PlanRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Space:
-    """One file system and what its archives ask of it; bytes."""
+    """One file system and what its archives ask of it; bytes.
+
+    Attributes:
+        free_bytes: with what interrupted copies take there; None where the file system does not
+            say, as ramfs and some FUSE do not.
+    """
 
     archives: tuple[str, ...]
     needed_bytes: int
-    free_bytes: int
+    free_bytes: int | None
 
     @property
     def fits(self) -> bool:
-        """It holds what is asked."""
-        return self.needed_bytes <= self.free_bytes
+        """It holds what is asked, as far as that is known."""
+        return self.free_bytes is None or self.needed_bytes <= self.free_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +66,15 @@ class Plan:
     rows: tuple[PlanRow, ...]
     spaces: tuple[Space, ...]
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What could not be found out, one line each."""
+        return tuple(
+            f"{', '.join(space.archives)}: the file system does not say how much is free"
+            for space in self.spaces
+            if space.free_bytes is None
+        )
+
     def check(self) -> None:
         """Refuse a plan that cannot fit.
 
@@ -68,7 +82,7 @@ class Plan:
             StorageError: names the archive, what is needed and what is free.
         """
         for space in self.spaces:
-            if not space.fits:
+            if space.free_bytes is not None and not space.fits:
                 raise StorageError(
                     f"the plan needs {format_size(space.needed_bytes)} "
                     f"({space.needed_bytes} bytes) here, and "
@@ -78,12 +92,18 @@ class Plan:
                 )
 
 
-def make_plan(rows: Sequence[PlanRow], free: Mapping[str, tuple[int, int]]) -> Plan:
+def make_plan(
+    rows: Sequence[PlanRow],
+    free: Mapping[str, tuple[int, int | None]],
+    *,
+    unfinished: Mapping[str, int],
+) -> Plan:
     """Add up what is asked of each file system.
 
     Args:
         rows: every job.
-        free: for each archive, the number of its file system and the bytes free there.
+        free: for each archive, `free_space`.
+        unfinished: for each archive, bytes that interrupted copies take there.
     """
     archives: dict[int, list[str]] = defaultdict(list)
     for archive, (number, _) in free.items():
@@ -94,15 +114,19 @@ def make_plan(rows: Sequence[PlanRow], free: Mapping[str, tuple[int, int]]) -> P
             Space(
                 archives=tuple(names),
                 needed_bytes=sum(row.file_bytes for row in rows if row.archive in names),
-                free_bytes=free[names[0]][1],
+                free_bytes=None
+                if (left := free[names[0]][1]) is None
+                else left + sum(unfinished[name] for name in names),
             )
             for names in archives.values()
         ),
     )
 
 
-def free_space(archive: str) -> tuple[int, int]:
+def free_space(archive: str) -> tuple[int, int | None]:
     """The file system an archive lies on, or will lie on, and the bytes free there.
+
+    None are told, which is another thing than 0, where the file system does not count.
 
     Raises:
         StorageError: it cannot be looked at.
@@ -112,6 +136,7 @@ def free_space(archive: str) -> tuple[int, int]:
         while not at.exists() and at != at.parent:
             at = at.parent
         found = os.statvfs(at)
-        return at.stat().st_dev, found.f_bavail * found.f_frsize
+        number = at.stat().st_dev
     except OSError as error:
         raise StorageError("cannot look at the free space", errno=error.errno, path=at) from None
+    return number, found.f_bavail * found.f_frsize if found.f_blocks else None

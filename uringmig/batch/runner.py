@@ -118,8 +118,14 @@ class Run:
             if outcome is not None:
                 self._examined(state, outcome)
         rows = [self._with_warning(state, _plan_row(state)) for state in self._states]
-        free = {archive: free_space(archive) for archive in self._ledger.archives}
-        return make_plan(rows, free)
+        archives = self._ledger.archives
+        plan = make_plan(
+            rows,
+            {archive: free_space(archive) for archive in archives},
+            unfinished={archive: self._ledger.unfinished_bytes(archive) for archive in archives},
+        )
+        self._ledger.notes += plan.notes
+        return plan
 
     def _with_warning(self, state: JobState, row: PlanRow) -> PlanRow:
         """Say in the plan, and on the first night, that pages cannot be shared."""
@@ -315,7 +321,7 @@ class Run:
             state.kind, state.error = "Timeout", f"given up after {limit}"
             state.exit_code = PeerError.exit_code
         if self._stopped_by is not None:
-            self._ledger.fail(state, place)
+            self._ledger.fail(state, place, stopped=True)
             self._enter(state, "stopped")
         elif (
             (outcome.may_pass or outcome.ending == "stopped")
@@ -324,7 +330,7 @@ class Run:
         ):
             self._try_again(state)
         else:
-            self._ledger.fail(state, place)
+            self._ledger.fail(state, place, stopped=False)
             self._enter(state, "failed")
 
     def _try_again(self, state: JobState) -> None:

@@ -198,6 +198,8 @@ def _show_plan(output: Output, ledger: Ledger, run: Run) -> None:
     for row in plan.rows:
         for problem in filter(None, (row.problem, row.warning)):
             output.warn(f"job {row.job}: {problem}")
+    for note in plan.notes:
+        output.note(note)
     shown = PlanShown(job_file=ledger.job_file.path, plan=plan, fits=True)
     output.result("archive run", shown, _plan_lines(plan))
     raise typer.Exit(output.exit_code)
@@ -214,7 +216,9 @@ def _plan_lines(plan: Plan) -> list[str]:
         rows.append((row.job, row.entry, row.tier, state, *known))
     return table_lines(rows) + [
         f"{', '.join(space.archives)}: {format_size(space.needed_bytes)} needed, "
-        f"{format_size(space.free_bytes)} free" + ("" if space.fits else ": does not fit")
+        + ("unknown" if space.free_bytes is None else format_size(space.free_bytes))
+        + " free"
+        + ("" if space.fits else ": does not fit")
         for space in plan.spaces
     ]
 

@@ -1,0 +1,140 @@
+"""However a copy ends early, what it has made durable is kept; what is of no use is not."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from smallguests import MIB, OPTIONS, check_image, copy_of, left_in, make_guest, ramblocks_of
+
+from uringmig import MappedRamWriter
+from uringmig.archive import copyrun
+from uringmig.archive.cold import write_cold
+from uringmig.archive.copyjournal import Chunk, decode
+from uringmig.archive.hot import write_hot
+from uringmig.archive.partialcopy import PartialCopy
+from uringmig.contents.mappedram import MappedRamContents
+from uringmig.errors import FormatError, MismatchError, PeerError, StateError, StorageError
+from uringmig.progress import Snapshot
+from uringmig.signals import Interrupted
+
+TIERS = pytest.mark.parametrize("tier", ["hot", "cold"])
+PASSING = [
+    Interrupted(signal.SIGTERM),
+    StorageError("write failed", errno=errno.ENOSPC),
+    PeerError("QEMU has gone away"),
+    MemoryError(),
+]
+HOPELESS = [FormatError("hostile"), MismatchError("damaged"), StateError("a mistake")]
+
+
+class Copies:
+    """Copies of one small image, with a checkpoint at every opportunity."""
+
+    def __init__(self, folder: Path, tier: Literal["hot", "cold"]) -> None:
+        guest = make_guest(ram_bytes=40 * MIB)
+        self._write = write_hot if tier == "hot" else write_cold
+        self._source = folder / "source.mig"
+        with MappedRamWriter(self._source, ramblocks_of(guest), options=OPTIONS) as writer:
+            writer.write_all()
+            writer.finish()
+        self.guest = copy_of(guest)
+        self.archive = folder / "archive"
+        self.archive.mkdir()
+        self.journal = self.archive / "vm.journal"
+
+    def copy(self, failure: BaseException | None = None, *, early: bool = False) -> int:
+        """Copy, or fail when something is durable; return the bytes that were gone on with."""
+
+        def tell(snapshot: Snapshot) -> None:
+            durable = self.journal.exists() and self.journal.stat().st_size > 1000
+            if failure is not None and (early or durable):
+                raise failure
+
+        options = OPTIONS if failure is None else replace(OPTIONS, rate=16 * MIB)
+        with MappedRamContents(self._source) as contents:
+            return self._write(
+                contents, self.archive / "vm", options=options, resume=self.journal, progress=tell
+            ).resumed_bytes
+
+
+@pytest.fixture(autouse=True)
+def checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copyrun, "CHECKPOINT_BYTES", 1)
+
+
+@TIERS
+@pytest.mark.parametrize("failure", PASSING, ids=lambda error: type(error).__name__)
+def test_next_copy_goes_on(
+    tmp_path: Path, tier: Literal["hot", "cold"], failure: BaseException
+) -> None:
+    """A signal, a full disk, a peer that left: twice, and the copy is right in the end."""
+    copies = Copies(tmp_path, tier)
+    for _ in range(2):
+        with pytest.raises(type(failure)):
+            copies.copy(failure)
+        assert left_in(copies.archive) == ["vm.journal", "vm.partial"]
+    assert copies.copy() > 0
+    assert left_in(copies.archive) == ["vm", "vm.manifest.json"]
+    if tier == "hot":
+        check_image(copies.archive / "vm", copies.guest)
+
+
+@TIERS
+@pytest.mark.parametrize("failure", HOPELESS, ids=lambda error: type(error).__name__)
+def test_wrong_contents_leave_nothing(
+    tmp_path: Path, tier: Literal["hot", "cold"], failure: BaseException
+) -> None:
+    copies = Copies(tmp_path, tier)
+    with pytest.raises(type(failure)):
+        copies.copy(failure)
+    assert left_in(copies.archive) == []
+    assert copies.copy() == 0
+
+
+@TIERS
+@pytest.mark.parametrize("failure", PASSING, ids=lambda error: type(error).__name__)
+def test_without_a_checkpoint_nothing_is_left(
+    tmp_path: Path, tier: Literal["hot", "cold"], failure: BaseException
+) -> None:
+    copies = Copies(tmp_path, tier)
+    with pytest.raises(type(failure)):
+        copies.copy(failure, early=True)
+    assert left_in(copies.archive) == []
+
+
+def test_a_checkpoint_syncs_the_image_before_the_journal_speaks_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Image synced, record written, journal synced; only then may the caller go on."""
+    steps: list[str] = []
+    sync, write = os.fdatasync, os.pwrite
+
+    def name_of(fd: int) -> str:
+        return Path(f"/proc/self/fd/{fd}").readlink().name
+
+    def noted_sync(fd: int) -> None:
+        sync(fd)
+        steps.append(f"sync {name_of(fd)}")
+
+    def noted_write(fd: int, data: bytes, offset: int) -> int:
+        steps.append(f"write {name_of(fd)}")
+        return write(fd, data, offset)
+
+    journal = tmp_path / "vm.journal"
+    partial = PartialCopy(
+        tmp_path / "vm", tier="hot", source="same", shape="same", direct="off", journal=journal
+    )
+    with partial:
+        monkeypatch.setattr(os, "fdatasync", noted_sync)
+        monkeypatch.setattr(os, "pwrite", noted_write)
+        for row in range(2):
+            steps.clear()
+            partial.checkpoint([Chunk(0, row, bytes(128), bytes(16))])
+            assert steps == ["sync vm.partial", "write vm.journal", "sync vm.journal"]
+            assert [chunk.row for chunk in decode(journal.read_bytes()).chunks][-1] == row
