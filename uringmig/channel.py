@@ -15,9 +15,9 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, Self
 
 from uringmig.errors import FormatError, HostError, StorageError
 from uringmig.iobatch import IoPlan
@@ -159,6 +159,8 @@ class Channel:
             StorageError: a request failed; everything in flight was drained first.
             FormatError: the file ended before what was to be read.
         """
+        if self._stopping.is_set():
+            return  # nobody waits for a thread that was still being started; its file may be closed
         started = time.thread_time()
         engine = self._shared.make_engine(self._shared.slots)
         try:
@@ -285,6 +287,91 @@ class Channel:
             raise
 
 
+class Round:
+    """Channels on their way over some windows: iterate to wait for them, `close` to stop them.
+
+    Each step lasts a moment; the last one comes when all have drained. Threads are started by the
+    first, so that whoever has to close the round has it in hand by then.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[Channel],
+        stopping: threading.Event,
+    ) -> None:
+        self._stopping = stopping
+        self._ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(
+                target=self._run, args=(channel,), name=f"multifd-{number}", daemon=True
+            )
+            for number, channel in enumerate(channels)
+        ]
+        self._started = False
+        self._running = 0
+        self._first_error: BaseException | None = None
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> None:
+        """Wait for a moment.
+
+        Raises:
+            StopIteration: all have drained, and none has failed.
+            UringmigError: all have drained; this is the first failure of any.
+            HostError: this machine gives no thread for one of them.
+        """
+        try:
+            if not self._started:
+                self._started = True
+                for thread in self._threads:
+                    _start(thread)
+                    self._running += 1
+            while self._running:
+                try:
+                    error = self._ended.get(timeout=_INTERVAL_SECONDS)
+                except queue.Empty:
+                    return
+                self._running -= 1
+                self._first_error = self._first_error or error
+        except BaseException:
+            self.close()
+            raise
+        self.close()
+        if self._first_error is not None:
+            raise self._first_error
+        raise StopIteration
+
+    def close(self) -> None:
+        """Stop the channels, and wait until each has drained and ended.
+
+        An interrupt is raised after that: what is in flight uses memory and a descriptor that are
+        given back then. Wherever else one strikes here, calling again goes on with the rest; so
+        whoever gives them back calls this first, however often it was called before.
+        """
+        self._stopping.set()
+        interrupt = None
+        for thread in self._threads:
+            while thread.is_alive():
+                try:
+                    thread.join()
+                except KeyboardInterrupt as error:
+                    interrupt = error
+        if interrupt is not None:
+            raise interrupt
+
+    def _run(self, channel: Channel) -> None:
+        """One channel's thread."""
+        try:
+            channel.run()
+        except BaseException as error:
+            self._stopping.set()
+            self._ended.put(error)
+        else:
+            self._ended.put(None)
+
+
 def run_round(
     shared: ChannelFile,
     windows: Sequence[Window],
@@ -292,60 +379,19 @@ def run_round(
     counters: Sequence[ChannelCounters],
     *,
     pacer: Pacer | None = None,
-) -> Generator[None, None, None]:
-    """Run one channel per counter over ``windows``; yield now and then until all have drained.
+) -> Round:
+    """Have one channel per counter go over ``windows``; see `Round`.
 
     Rounds that are to keep to one rate together share a ``pacer``; None is one for this round.
-
-    Abandoning the iterator, or an exception in its consumer, stops and drains the channels too.
-    So does an interrupt, also one that comes while the channels drain: what is in flight uses
-    memory and a descriptor that are given back afterwards.
-
-    Raises:
-        UringmigError: the first failure of any channel; the others have stopped and drained.
-        HostError: this machine gives no thread for one of them.
     """
     remaining = deque(windows)
     pacer = pacer or Pacer(shared.options.rate)
     stopping = threading.Event()
-    ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
-
-    def run(channel: Channel) -> None:
-        try:
-            channel.run()
-        except BaseException as error:
-            stopping.set()
-            ended.put(error)
-        else:
-            ended.put(None)
-
-    threads = []
-    for number, counter in enumerate(counters):
-        channel = Channel(shared, remaining, make_work(counter), counter, pacer, stopping)
-        threads.append(
-            threading.Thread(target=run, args=(channel,), name=f"multifd-{number}", daemon=True)
-        )
-    first_error: BaseException | None = None
-    running = 0
-    try:
-        for thread in threads:
-            _start(thread)
-            running += 1
-        while running:
-            try:
-                error = ended.get(timeout=_INTERVAL_SECONDS)
-            except queue.Empty:
-                yield
-            else:
-                running -= 1
-                first_error = first_error or error
-    finally:
-        stopping.set()
-        interrupt = _join([thread for thread in threads if thread.ident is not None])
-    if interrupt is not None:
-        raise interrupt
-    if first_error is not None:
-        raise first_error
+    channels = [
+        Channel(shared, remaining, make_work(counter), counter, pacer, stopping)
+        for counter in counters
+    ]
+    return Round(channels, stopping)
 
 
 def _start(thread: threading.Thread) -> None:
@@ -358,18 +404,6 @@ def _start(thread: threading.Thread) -> None:
         thread.start()
     except RuntimeError as error:
         raise HostError(f"{thread.name}: {error}; fewer channels need fewer threads") from None
-
-
-def _join(threads: Sequence[threading.Thread]) -> KeyboardInterrupt | None:
-    """Wait for all threads to end; return the interrupt that came meanwhile, if one did."""
-    interrupt = None
-    for thread in threads:
-        while thread.is_alive():
-            try:
-                thread.join()
-            except KeyboardInterrupt as error:
-                interrupt = error
-    return interrupt
 
 
 def needs_bounce(file: DirectFile, address: int) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Self
 
@@ -224,8 +225,9 @@ class MappedRamReader:
                 self._progress(snapshot)
             return snapshot
 
-        for _ in run_round(shared, windows, make_work, counters, pacer=self._pacer):
-            yield tell()
+        with closing(run_round(shared, windows, make_work, counters, pacer=self._pacer)) as round_:
+            for _ in round_:
+                yield tell()
         yield tell()
 
     def _find(self, idstr: str) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 from typing import Final, Self
@@ -17,7 +17,7 @@ from typing import Final, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from uringmig.channel import ChannelFile, Pacer, needs_bounce, run_round
+from uringmig.channel import ChannelFile, Pacer, Round, needs_bounce, run_round
 from uringmig.errors import StateError
 from uringmig.format.device_state import DeviceState
 from uringmig.format.headers import Configuration
@@ -171,7 +171,7 @@ class MappedRamWriter:
         self._counters = [ChannelCounters() for _ in range(options.channels)]
         self._pacer = Pacer(options.rate)
         self._total_bytes = 0
-        self._channels: Generator[None, None, None] | None = None
+        self._channels: Round | None = None
         self._all_written = False
 
     def _open(self, target: Target) -> None:
@@ -399,10 +399,11 @@ class MappedRamWriter:
     def _fail(self) -> None:
         """Give everything back and leave nothing half-made."""
         if self._state not in (_State.PUBLISHED, _State.FAILED):
-            self._state = _State.FAILED
             if self._channels is not None:
-                # Whoever holds a half-used iterator holds running channels: they end first.
+                # Whoever holds a half-used iterator holds running channels: they end first. Failed
+                # only then: an interrupt while they end leaves the rest to the next call.
                 self._channels.close()
+            self._state = _State.FAILED
             self._release()
 
     def _release(self) -> None:

@@ -1,31 +1,42 @@
-"""Signals as an exception: raised where it helps, held back where it would do harm."""
+"""Signals as a number that is looked at: where it stops a run, and where it has to wait."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
+import json
+import os
+import queue
+import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
+from uringmig import signals
+from uringmig.errors import PeerError
+from uringmig.qemu.devicestream import receive
+from uringmig.qemu.monitor import Monitor
+from uringmig.qemu.streamload import _send_piece
 from uringmig.signals import Interrupted, Signals
 
 WAITS = """
-import signal, sys, time
-from uringmig.signals import Signals
-class Slow:
-    def __enter__(self): return self
-    def __exit__(self, *exception):
+import sys, time
+from uringmig.signals import Signals, look
+with Signals(lambda: None):
+    print("ready", flush=True)
+    try:
+        while True:
+            look()
+            time.sleep(0.01)
+    finally:
         print("cleaning", flush=True)
         time.sleep(600)
-with Signals(), Slow():
-    print("ready", flush=True)
-    time.sleep(600)
 """
 
 
@@ -40,68 +51,183 @@ def waiting_program() -> Iterator[subprocess.Popen[str]]:
             one.kill()
 
 
-def test_raised_and_put_back() -> None:
+def test_nothing_comes_out_of_a_handler_and_look_raises_once() -> None:
+    """What follows is cleaning up, which may look too."""
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Interrupted, match="stopped by SIGTERM"), Signals():
+    with Signals() as noted:
         signal.raise_signal(signal.SIGTERM)
+        assert noted.number == signal.SIGTERM
+        with pytest.raises(Interrupted, match="stopped by SIGTERM"):
+            signals.look()
+        signals.look()
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_waits_for_the_end_of_a_clean_up() -> None:
-    steps = []
-
-    class CleanUp:
-        def __enter__(self) -> None: ...
-        def __exit__(self, *exception: object) -> None:
-            signal.raise_signal(signal.SIGINT)
-            time.sleep(0.1)
-            steps.append("clean")
-
-    def work() -> None:
-        with CleanUp():
-            steps.append("body")
-        time.sleep(60)
-        steps.append("never")
-
-    with pytest.raises(Interrupted), Signals():
-        work()
-    assert steps == ["body", "clean"]
-
-
-def test_waits_for_the_end_of_an_event_loop_callback() -> None:
-    """A background task would keep the exception to itself, and be dead afterwards."""
-    steps = []
-
-    async def callback() -> None:
-        signal.raise_signal(signal.SIGINT)
-        time.sleep(0.1)
-        steps.append("worked")
-
-    def work() -> None:
-        asyncio.run(callback())
-        time.sleep(60)
-
-    with pytest.raises(Interrupted), Signals():
-        work()
-    assert steps == ["worked"]
-
-
-def test_is_raised_out_of_a_loop_that_waits() -> None:
-    main_thread = threading.get_ident()
-
-    async def wait() -> None:
-        threading.Timer(0.1, signal.pthread_kill, [main_thread, signal.SIGINT]).start()
-        await asyncio.sleep(60)
-
-    with pytest.raises(Interrupted), Signals(), asyncio.Runner() as runner:
-        runner.run(wait())
-
-
-def test_held_back_past_the_point_of_return() -> None:
-    with Signals() as signals:
-        signals.hold()
+def test_the_first_one_counts() -> None:
+    with Signals() as noted:
         signal.raise_signal(signal.SIGTERM)
-        time.sleep(0.1)
+        signal.raise_signal(signal.SIGINT)
+        assert noted.number == signal.SIGTERM
+
+
+def test_commit_looks_for_the_last_time() -> None:
+    """Before the point of no return a signal stops; after it, nothing does."""
+    with Signals():
+        signals.commit()
+        signal.raise_signal(signal.SIGTERM)
+        signals.look()
+        signals.commit()
+    with Signals():
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(Interrupted):
+            signals.commit()
+
+
+def test_after_a_commit_what_adds_nothing_may_be_stopped() -> None:
+    with Signals():
+        signals.commit()
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(Interrupted), signals.after_commit():
+            signals.look()
+        signals.look()
+
+
+def test_deferred_waits_until_the_end_of_the_block() -> None:
+    with Signals():
+        with signals.deferred():
+            signal.raise_signal(signal.SIGTERM)
+            with signals.deferred():
+                signals.look()
+            signals.look()
+        with pytest.raises(Interrupted):
+            signals.look()
+
+
+def test_other_threads_and_no_handlers_are_unaffected() -> None:
+    """A library's thread is nobody's to stop, and without `Signals` nothing happens."""
+    raised: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            with signals.deferred(), signals.after_commit():
+                signals.look()
+            signals.commit()
+        except BaseException as error:
+            raised.append(error)
+
+    work()
+    with Signals():
+        signal.raise_signal(signal.SIGTERM)
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        assert not raised
+        # Nor has the thread's commit let this one past its own.
+        with pytest.raises(Interrupted):
+            signals.commit()
+
+
+def test_settled_is_settled() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with Signals() as noted:
+            noted.settle()
+            signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert noted.number is None
+    finally:
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, before)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def hang_on_a_queue(_: Path) -> None:
+    signals.take(queue.SimpleQueue[None]())
+
+
+def hang_on_a_silent_stream(_: Path) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        receive(ours, {}, on_setup=lambda _: None)
+
+
+def hang_on_a_full_socket(_: Path) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        _send_piece(ours, memoryview(bytes(16 << 20)))
+
+
+def hang_on_a_silent_monitor(folder: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(folder / "qmp"))
+        listener.listen(1)
+        Monitor(folder / "qmp", greeting_timeout_s=600)
+
+
+@pytest.mark.parametrize(
+    "hang",
+    [hang_on_a_queue, hang_on_a_silent_stream, hang_on_a_full_socket, hang_on_a_silent_monitor],
+)
+def test_every_wait_ends_by_a_signal(hang: Callable[[Path], None], tmp_path: Path) -> None:
+    """A blocked system call goes on after a handler (PEP 475), so each wait has to look."""
+    main_thread = threading.get_ident()
+    timer = threading.Timer(0.2, signal.pthread_kill, [main_thread, signal.SIGTERM])
+    with Signals():
+        timer.start()
+        with pytest.raises(Interrupted):
+            hang(tmp_path)
+        timer.join()
+
+
+def test_a_monitor_answers_after_a_wait_was_interrupted(tmp_path: Path) -> None:
+    """Giving a guest back takes commands, on the very connection whose wait was ended."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "qmp"))
+        listener.listen(1)
+
+        def serve() -> None:
+            connection, _ = listener.accept()
+            with connection, connection.makefile("rw") as lines:
+                lines.write('{"QMP": {"version": {"qemu": {"major": 10, "minor": 0, "micro": 0}, ')
+                lines.write('"package": ""}, "capabilities": []}}\n')
+                lines.flush()
+                for line in lines:
+                    command = json.loads(line)
+                    if command["execute"] == "never":
+                        os.kill(os.getpid(), signal.SIGTERM)
+                        continue
+                    # The first one, which negotiates, has no id.
+                    name = {key: command[key] for key in ("id",) if key in command}
+                    answer = {"return": {"status": "running"}, **name}
+                    lines.write(json.dumps(answer) + "\n")
+                    lines.flush()
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with Signals(), Monitor(tmp_path / "qmp") as monitor:
+            with pytest.raises(Interrupted):
+                monitor.execute("never")
+            assert monitor.run_state() == "running"
+        thread.join()
+
+
+def test_a_silent_peer_without_signals_is_given_up_in_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("uringmig.qemu.devicestream.SILENCE_SECONDS", 0.3)
+    began = time.monotonic()
+    with pytest.raises(PeerError, match="silent"):
+        hang_on_a_silent_stream(Path())
+    assert time.monotonic() - began >= 0.3
+
+
+def test_ready_is_told_at_once() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        assert not signals.wait_until_ready(ours.fileno(), select.POLLIN, timeout_s=0)
+        theirs.send(b"x")
+        assert signals.wait_until_ready(ours.fileno(), select.POLLIN, timeout_s=None)
 
 
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])

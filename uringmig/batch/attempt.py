@@ -37,6 +37,7 @@ from uringmig.options import PAGE_SIZE, ReadOptions
 from uringmig.progress import ProgressCallback, Snapshot
 from uringmig.qemu.monitor import Monitor
 from uringmig.qemu.sharedram import hold_guest, mapped_memories
+from uringmig.signals import Interrupted, after_commit
 from uringmig.units import MiB, div_ceil
 from uringmig.verify import verify
 
@@ -174,8 +175,15 @@ def _archived(
     """The outcome, after reading the entry back if the job says so."""
     fields = written.manifest.archive
     assert fields, "a tier's manifest is that of an entry"
+    verified, warnings = False, list(warnings or ())
     if order.job.verify:
-        _read_back(order, tell)
+        try:
+            with after_commit():
+                _read_back(order, tell)
+            verified = True
+        except Interrupted as interrupted:
+            # The entry has its name: it stays, and the job is done but for this.
+            warnings.append(f"the entry was not read back to its end: {interrupted}")
     return Archived(
         image=written.path,
         kind=fields.source_kind,
@@ -190,9 +198,9 @@ def _archived(
         ratio=written.ratio,
         seconds=written.seconds,
         stopped_seconds=stopped_seconds,
-        verified=order.job.verify,
+        verified=verified,
         notes=(*contents.notes, *written.notes),
-        warnings=(*written.warnings, *(warnings or ())),
+        warnings=(*written.warnings, *warnings),
     )
 
 

@@ -148,7 +148,9 @@ class Run:
             self._take_in(self._pool.poll(_TICK_SECONDS))
             self._enforce_limits()
             self._look()
-        if self._stopped_by is None:
+        if not any(state.stage == "stopped" for state in self._states):
+            # A signal that came when all was done, or given up, has stopped nothing.
+            self._stopped_by = None
             self._ledger.end()
         return self._summary()
 

@@ -32,7 +32,7 @@ from uringmig.batch.messages import (
 )
 from uringmig.errors import UringmigError
 from uringmig.progress import Snapshot
-from uringmig.signals import Interrupted, Signals
+from uringmig.signals import Interrupted, Signals, look
 from uringmig.units import KiB
 
 CarryOut = Callable[[Order, Callable[[Snapshot], None]], OrderResult]
@@ -45,14 +45,16 @@ def serve(connection: socket.socket, work: CarryOut) -> None:
     orders: queue.SimpleQueue[Order] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(connection, orders), daemon=True).start()
     while True:
-        outcome = attempt(orders.get(), work, lambda message: _send(connection, message))
-        _send(connection, outcome)
-        if outcome.ending == "stopped":
+        order = orders.get()
+        # A second SIGTERM is no request to hurry: a service manager and the runner send one each.
+        with Signals() as signals:
+            _send(connection, attempt(order, work, lambda message: _send(connection, message)))
+        if signals.number is not None:
             return
 
 
 def attempt(order: Order, work: CarryOut, say: Callable[[Message], None]) -> Outcome:
-    """Carry out one order; errors and SIGTERM become outcomes.
+    """Carry out one order; errors, and signals if there are handlers, become outcomes.
 
     Args:
         order: what to do.
@@ -60,17 +62,14 @@ def attempt(order: Order, work: CarryOut, say: Callable[[Message], None]) -> Out
         say: called with progress.
     """
     memory = OwnMemory()
+
+    def tell(snapshot: Snapshot) -> None:
+        look()
+        memory.look()
+        say(_progress(order.key, snapshot))
+
     try:
-        with Signals() as signals:
-
-            def tell(snapshot: Snapshot) -> None:
-                # What is about to get its name is a success, and QEMU is to learn that too.
-                if snapshot.phase == "publish":
-                    signals.hold()
-                memory.look()
-                say(_progress(order.key, snapshot))
-
-            outcome = Outcome(key=order.key, ending="done", result=work(order, tell))
+        outcome = Outcome(key=order.key, ending="done", result=work(order, tell))
     except UringmigError as error:
         outcome = failure(order.key, error)
     except Interrupted as interrupted:

@@ -16,6 +16,7 @@ from typing import Final, Literal
 
 import numpy as np
 
+from uringmig import signals
 from uringmig.channel import ChannelFile, run_round
 from uringmig.errors import StorageError
 from uringmig.format.layout import ImageLayout, plan_layout
@@ -118,6 +119,7 @@ class Workbench:
             )
             with contextlib.closing(channels):
                 for _ in channels:
+                    signals.look()
                     if time.perf_counter() - started >= seconds_max:
                         break
             main.sync()

@@ -25,7 +25,7 @@ from uringmig.cli.session import Session
 from uringmig.cli.verify import verify
 from uringmig.cli.version import version_lines
 from uringmig.errors import UringmigError
-from uringmig.signals import SIGNAL_EXIT_CODE, Interrupted, Signals, ignore
+from uringmig.signals import SIGNAL_EXIT_CODE, Interrupted, Signals
 
 #: Also under ``python -m uringmig``: the name that usage lines and shell completion go by.
 PROGRAM: Final = "uringmig"
@@ -68,21 +68,23 @@ def _options(
 
 def main() -> NoReturn:
     """Run the command line of this process, and exit."""
-    exit_code = run(sys.argv[1:])
-    ignore()
+    output = Output()
+    with Signals(output.restore_terminal) as signals:
+        exit_code = run(sys.argv[1:], Session(output, signals))
+        signals.settle()
     sys.exit(exit_code)
 
 
-def run(arguments: Sequence[str]) -> int:
+def run(arguments: Sequence[str], session: Session) -> int:
     """Run one command line and return its exit code.
 
     Args:
         arguments: without the program's name.
+        session: its output, and the signals in force.
     """
-    output = Output()
+    output = session.output
     try:
-        with Signals(output.restore_terminal) as signals:
-            app(args=list(arguments), prog_name=PROGRAM, obj=Session(output, signals))
+        app(args=list(arguments), prog_name=PROGRAM, obj=session)
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else 0
     except Interrupted as interrupted:

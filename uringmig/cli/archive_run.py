@@ -29,7 +29,7 @@ from uringmig.cli.output import Output
 from uringmig.cli.profile import file_of_profiles
 from uringmig.cli.session import Session, session_of
 from uringmig.errors import FormatError, StateError, StorageError
-from uringmig.signals import Interrupted
+from uringmig.signals import Interrupted, deferred
 from uringmig.units import format_duration, format_size, parse_duration
 
 #: One to read ahead and one to wait for a slow peer, even on a host with one core.
@@ -90,13 +90,13 @@ def run(
 ) -> None:
     """Archive everything a job file names; what an interrupted run has done is not done again."""
     session = session_of(context, json=json, quiet=quiet, verbose=verbose)
-    # Jobs are to end cleanly, each in its own process: the runner asks whether a signal came.
-    session.signals.hold()
     text = read_job_text(jobs)
     job_file = parse_jobs(text, path=str(jobs.absolute()))
     if profile or profile_file is not None:
         job_file = _tuned(job_file, session.output, profile_file)
     with ExitStack() as stack:
+        # Jobs are to end cleanly, each in its own process: the runner asks whether a signal came.
+        stack.enter_context(deferred())
         ledger = stack.enter_context(
             Ledger(job_file, text=text, write=not dry_run, resume_within_s=resume_within)
         )
@@ -104,7 +104,7 @@ def run(
         pool = stack.enter_context(closing(_pool(scheduler, workers)))
         if dry_run:
             run = Run(ledger, pool, stop=lambda: session.signals.number)
-            _show_plan(session.output, ledger, run)
+            _show_plan(session, ledger, run)
         summary = _run(stack, session, ledger, pool, metrics_file)
     if report is not None:
         write_report(summary, report)
@@ -182,13 +182,17 @@ def _pool(scheduler: str | None, workers: int | None) -> Pool:
     return ClusterPool(scheduler)
 
 
-def _show_plan(output: Output, ledger: Ledger, run: Run) -> None:
+def _show_plan(session: Session, ledger: Ledger, run: Run) -> None:
     """Print the plan; refuse it if it cannot fit.
 
     Raises:
         StorageError: it cannot fit.
+        Interrupted: a signal came before all of it was known.
     """
+    output = session.output
     plan = run.plan()
+    if session.signals.number is not None:
+        raise Interrupted(session.signals.number)
     try:
         plan.check()
     except StorageError as error:

@@ -8,7 +8,7 @@ import typer
 
 from uringmig.cli.output import Output
 from uringmig.progress import Snapshot
-from uringmig.signals import Signals
+from uringmig.signals import Signals, look
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,13 +19,8 @@ class Session:
     signals: Signals = field(default_factory=Signals)
 
     def progress(self, snapshot: Snapshot) -> None:
-        """Show a snapshot.
-
-        From "publish" on a first signal is only noted: what has its final name is a success, and
-        QEMU is to learn that too.
-        """
-        if snapshot.phase == "publish":
-            self.signals.hold()
+        """Stop here if a signal asks for it; else show a snapshot."""
+        look()
         self.output.progress(snapshot)
 
 

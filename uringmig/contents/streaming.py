@@ -6,7 +6,7 @@ takes the pieces has either a stream that is what was saved, or one that is cut 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,11 @@ Digests = Sequence[Sequence[str]]
 
 
 def plain_pieces(
-    contents: Contents, *, digests: Digests | None = None, fresh: Collection[str] = ()
+    contents: Contents,
+    *,
+    digests: Digests | None = None,
+    fresh: Collection[str] = (),
+    before_end: Callable[[], None] = lambda: None,
 ) -> Generator[memoryview, None, None]:
     """Compose a plain stream; a piece is good until the next one is asked for.
 
@@ -32,6 +36,8 @@ def plain_pieces(
         digests: what the windows should be; None compares nothing.
         fresh: idstrs of blocks whose memory the loader is known to have as zeros: pages of zeros
             are left out of them.
+        before_end: called before the piece without which no loader starts a guest; what it raises
+            keeps that piece back.
 
     Raises:
         MismatchError: a window is not what its digest says; names block, row and guest bytes.
@@ -57,7 +63,9 @@ def plain_pieces(
             first_page=read.row * (WINDOW_BYTES // PAGE_SIZE),
             zeros=contents.blocks[read.block_index].idstr not in fresh,
         )
-    yield memoryview(composer.trailer())
+    trailer = memoryview(composer.trailer())
+    before_end()
+    yield trailer
 
 
 def window_digest(read: WindowRead) -> bytes:

@@ -17,6 +17,7 @@ from typing import Final, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from uringmig import signals
 from uringmig.channel import ChannelFile, run_round
 from uringmig.contents.source import Row, WindowRead, row_of
 from uringmig.iobatch import IoPlan
@@ -166,7 +167,7 @@ def _fill(
     driver = threading.Thread(target=drive, name="read-ahead", daemon=True)
     driver.start()
     try:
-        while (item := ready.get()) is not None:
+        while (item := signals.take(ready)) is not None:
             if isinstance(item, BaseException):
                 raise item
             yield item

@@ -7,6 +7,7 @@ never came was taken for shared by QEMU, and saving it from here would lose it.
 
 from __future__ import annotations
 
+import select
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from uringmig import signals
 from uringmig.errors import FormatError, MismatchError, PeerError, UringmigError
 from uringmig.format.constants import QEMU_VM_SECTION_END, QEMU_VM_SECTION_START
 from uringmig.format.device_state import DeviceState
@@ -97,12 +99,13 @@ def receive(
     """
     collector = _Collector(shared, PeerError, on_setup)
     reader = MainStreamReader()
-    connection.settimeout(SILENCE_SECONDS)
     while not reader.finished:
+        if not signals.wait_until_ready(
+            connection.fileno(), select.POLLIN, timeout_s=SILENCE_SECONDS
+        ):
+            raise PeerError(f"QEMU's stream fell silent for {SILENCE_SECONDS:.0f} s")
         try:
             data = connection.recv(_RECEIVE_BYTES)
-        except TimeoutError:
-            raise PeerError(f"QEMU's stream fell silent for {SILENCE_SECONDS:.0f} s") from None
         except OSError as error:
             raise PeerError(f"QEMU's stream broke off: {error.strerror}") from None
         if not data:

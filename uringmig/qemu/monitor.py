@@ -22,6 +22,7 @@ from typing import Any, Final, Self
 
 from qemu.qmp import ConnectError, ExecuteError, QMPClient, QMPError
 
+from uringmig import signals
 from uringmig.errors import BusyError, PeerError
 
 #: A QEMU greets at once; one that does not within this time is stopped or talks to another client.
@@ -173,7 +174,7 @@ class Monitor:
     def close(self) -> None:
         """Close the connection; does nothing the second time."""
         # The peer may have gone away meanwhile; there is nothing left to say to it.
-        with suppress(QMPError, EOFError, OSError, TimeoutError):
+        with signals.deferred(), suppress(QMPError, EOFError, OSError, TimeoutError):
             self._runner.run(_within(self._client.disconnect(), self._command_timeout_s))
         self._runner.close()
 
@@ -321,16 +322,17 @@ class Monitor:
         self._put_back(capabilities, parameters)
 
     def _put_back(self, capabilities: dict[str, bool], parameters: dict[str, Any]) -> None:
-        """Set what differs from what was saved."""
-        now = self.capabilities()
-        changed = {name: on for name, on in capabilities.items() if now.get(name) != on}
-        # Parameters first: some are refused unless the capability they belong to is on.
-        values = self.parameters()
-        differing = {name: value for name, value in parameters.items() if values[name] != value}
-        if differing:
-            self.set_parameters(**differing)
-        if changed:
-            self.set_capabilities(**changed)
+        """Set what differs from what was saved; all of it, though a signal asks to stop."""
+        with signals.deferred():
+            now = self.capabilities()
+            changed = {name: on for name, on in capabilities.items() if now.get(name) != on}
+            # Parameters first: some are refused unless the capability they belong to is on.
+            values = self.parameters()
+            differing = {name: value for name, value in parameters.items() if values[name] != value}
+            if differing:
+                self.set_parameters(**differing)
+            if changed:
+                self.set_capabilities(**changed)
 
     def migration(self) -> Migration:
         """How the present or last migration, of either direction, stands."""
@@ -380,8 +382,21 @@ class CommandError(PeerError):
 
 
 async def _within(awaitable: Any, limit_s: float) -> Any:
-    """Await with a limit; `asyncio.Runner` takes coroutines only, so this is one."""
-    return await asyncio.wait_for(awaitable, limit_s)
+    """Await with a limit; a signal that asks to stop ends it too.
+
+    The loop alone would not wake up for one: its handler raises nothing.
+    """
+    task = asyncio.ensure_future(awaitable)
+    try:
+        async with asyncio.timeout(limit_s):
+            while not task.done():
+                signals.look()
+                await asyncio.wait({task}, timeout=signals.LOOK_SECONDS)
+    finally:
+        if not task.done():
+            task.cancel()
+            await asyncio.wait({task})
+    return task.result()
 
 
 def _connect(path: str, *, timeout_s: float) -> socket.socket:

@@ -17,6 +17,7 @@ from typing import Final, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from uringmig import signals
 from uringmig.errors import MismatchError, PeerError, StateError
 from uringmig.image.parse import parse_image, read_bitmap
 from uringmig.memory.mapping import FileMemory
@@ -109,6 +110,8 @@ def load_into(
         _set_up(monitor, channels=channels, direct=use_direct)
         started = time.monotonic()
         memory_bytes = sum(block.used_length for block in image.blocks)
+        # QEMU reads the file by itself now, and nothing makes it let go of a load by file.
+        signals.commit()
         start_load(monitor, where)
         wait_for_load(monitor, memory_bytes)
         seconds = time.monotonic() - started
@@ -171,6 +174,7 @@ def stale_pages(memory: MemorySource, packed: NDArray[np.uint8]) -> tuple[int, i
     """
     count, first = 0, None
     for window in range(0, memory.length_bytes, WINDOW_BYTES):
+        signals.look()
         window_bytes = min(WINDOW_BYTES, memory.length_bytes - window)
         extents = memory.data_extents(start=window, length=window_bytes)
         for start, length in zip(extents.start.tolist(), extents.length.tolist(), strict=True):

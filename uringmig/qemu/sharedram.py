@@ -18,6 +18,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
+from uringmig import signals
 from uringmig.contents.memoryfiles import MemoryContents
 from uringmig.contents.source import Row, WindowRead
 from uringmig.errors import BusyError, PeerError
@@ -247,7 +248,7 @@ def _migrating(monitor: Monitor) -> Iterator[socket.socket]:
             _configure(monitor)
             monitor.execute("migrate", uri=f"fd:{_DESCRIPTOR_NAME}")
         except BaseException as error:
-            with contextlib.suppress(PeerError):
+            with signals.deferred(), contextlib.suppress(PeerError):
                 monitor.execute("closefd", fdname=_DESCRIPTOR_NAME)
             # An interrupt may come when QEMU has already begun; settings need it to have ended.
             # Where QEMU refused, what goes on there, if anything, is another client's.
@@ -277,16 +278,17 @@ def _configure(monitor: Monitor) -> None:
 def _take_back(monitor: Monitor, connection: socket.socket) -> str | None:
     """Make QEMU end its migration and take the guest back; say why it failed by itself, if so."""
     reason = None
-    with contextlib.suppress(PeerError):
-        reason = monitor.migration().error
-    with contextlib.suppress(OSError):
-        connection.sendall(_SHUT.pack(_MIG_RP_MSG_SHUT, 4, 1))
-    connection.close()
-    try:
-        monitor.wait_for_migration(timeout_s=_ENDING_SECONDS)
-    except PeerError:
+    with signals.deferred():
         with contextlib.suppress(PeerError):
-            monitor.execute("migrate_cancel")
+            reason = monitor.migration().error
+        with contextlib.suppress(OSError):
+            connection.sendall(_SHUT.pack(_MIG_RP_MSG_SHUT, 4, 1))
+        connection.close()
+        try:
+            monitor.wait_for_migration(timeout_s=_ENDING_SECONDS)
+        except PeerError:
+            with contextlib.suppress(PeerError):
+                monitor.execute("migrate_cancel")
     return reason
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import socket
 import time
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from typing import Final
 
 import numpy as np
 
+from uringmig import signals
 from uringmig.contents.source import Contents
 from uringmig.contents.streaming import Digests, plain_pieces
 from uringmig.errors import PeerError
@@ -99,7 +101,13 @@ def stream_into(
     check_machine(monitor, contents.configuration.machine)
     check_blocks(contents.blocks, monitor.ram_blocks())
     memory_bytes = sum(block.used_length for block in contents.blocks)
-    pieces = plain_pieces(contents, digests=digests, fresh=_fresh_blocks(monitor))
+    pieces = plain_pieces(
+        contents,
+        digests=digests,
+        fresh=_fresh_blocks(monitor),
+        # With the end QEMU has all of the guest, and may let it run.
+        before_end=signals.commit,
+    )
     with monitor.saved_settings(), contextlib.closing(pieces):
         known = monitor.capabilities()
         monitor.set_capabilities(**{name: False for name in _SWITCHED_OFF if known.get(name)})
@@ -128,7 +136,7 @@ def _loading(monitor: Monitor, memory_bytes: int) -> Iterator[socket.socket]:
         try:
             start_load(monitor, f"fd:{_DESCRIPTOR_NAME}")
         except BaseException:
-            with contextlib.suppress(PeerError):
+            with signals.deferred(), contextlib.suppress(PeerError):
                 monitor.execute("closefd", fdname=_DESCRIPTOR_NAME)
             raise
         try:
@@ -136,11 +144,12 @@ def _loading(monitor: Monitor, memory_bytes: int) -> Iterator[socket.socket]:
         except OSError as error:
             ours.close()
             # QEMU closes its end when it fails: what it says is the reason.
-            wait_for_load(monitor, memory_bytes)
+            with signals.deferred():
+                wait_for_load(monitor, memory_bytes)
             raise PeerError(f"QEMU closed the stream: {error.strerror}") from None
         except BaseException:
             ours.close()
-            with contextlib.suppress(PeerError):
+            with signals.deferred(), contextlib.suppress(PeerError):
                 wait_for_load(monitor, memory_bytes)
             raise
         wait_for_load(monitor, memory_bytes)
@@ -153,14 +162,11 @@ def _send(
     progress: ProgressCallback | None,
 ) -> int:
     """Send every piece; return the bytes."""
-    connection.settimeout(_SILENCE_SECONDS)
+    connection.setblocking(False)
     counters = ChannelCounters()
     started = told = time.monotonic()
     for piece in pieces:
-        try:
-            connection.sendall(piece)
-        except TimeoutError:
-            raise PeerError(f"QEMU took nothing for {_SILENCE_SECONDS:.0f} s") from None
+        _send_piece(connection, piece)
         counters.completed_bytes += len(piece)
         counters.finished_bytes = min(counters.completed_bytes, stored_bytes)
         now = time.monotonic()
@@ -170,6 +176,17 @@ def _send(
                 take_snapshot("read", [counters], total_bytes=stored_bytes, seconds=now - started)
             )
     return counters.completed_bytes
+
+
+def _send_piece(connection: socket.socket, piece: memoryview) -> None:
+    """Send all of a piece; a signal that asks to stop does not wait for QEMU to take it."""
+    while len(piece):
+        if not signals.wait_until_ready(
+            connection.fileno(), select.POLLOUT, timeout_s=_SILENCE_SECONDS
+        ):
+            raise PeerError(f"QEMU took nothing for {_SILENCE_SECONDS:.0f} s")
+        with contextlib.suppress(BlockingIOError):
+            piece = piece[connection.send(piece) :]
 
 
 def _fresh_blocks(monitor: Monitor) -> set[str]:

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from uringmig import signals
 from uringmig.options import PAGE_SIZE, DirectMode
 from uringmig.storage.directfile import DirectFile, adopt_direct, check_pair, open_direct
 from uringmig.storage.engine import Operation
@@ -128,7 +129,8 @@ class PassedTarget:
         self.notes = _noted(self.direct, ())
 
     def publish(self, sidecar: bytes | None) -> str | None:
-        """Nothing: the name is the caller's, and there is no place for a sidecar."""
+        """Nothing to do: the name is the caller's, and there is no place for a sidecar."""
+        signals.commit()
         return None
 
     def close(self) -> None:
