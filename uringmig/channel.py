@@ -300,7 +300,8 @@ class Round:
         stopping: threading.Event,
     ) -> None:
         self._stopping = stopping
-        self._ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        # No SimpleQueue: a signal that comes as its time runs out makes it wait for ever.
+        self._ended: queue.Queue[BaseException | None] = queue.Queue()
         self._threads = [
             threading.Thread(
                 target=self._run, args=(channel,), name=f"multifd-{number}", daemon=True

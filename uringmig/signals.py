@@ -198,8 +198,11 @@ def wait_until_ready(fd: int, event: int, *, timeout_s: float | None) -> bool:
             return False
 
 
-def take(source: queue.SimpleQueue[Item]) -> Item:
+def take(source: queue.Queue[Item]) -> Item:
     """Take the next item of a queue; look meanwhile.
+
+    Not of a `SimpleQueue`: a signal that comes as its time runs out makes it wait for ever (it
+    goes on with what is left, and less than nothing is no limit; CPython 3.11).
 
     Raises:
         Interrupted: a signal asks to stop.

@@ -25,6 +25,8 @@ from uringmig.qemu.monitor import Monitor
 from uringmig.qemu.streamload import _send_piece
 from uringmig.signals import Interrupted, Signals
 
+GREETING = {"QMP": {"version": {"qemu": {"major": 10, "minor": 0, "micro": 2}}, "capabilities": []}}
+
 WAITS = """
 import sys, time
 from uringmig.signals import Signals, look
@@ -142,7 +144,7 @@ def test_settled_is_settled() -> None:
 
 
 def hang_on_a_queue(_: Path) -> None:
-    signals.take(queue.SimpleQueue[None]())
+    signals.take(queue.Queue[None]())
 
 
 def hang_on_a_silent_stream(_: Path) -> None:
@@ -188,20 +190,18 @@ def test_a_monitor_answers_after_a_wait_was_interrupted(tmp_path: Path) -> None:
 
         def serve() -> None:
             connection, _ = listener.accept()
-            with connection, connection.makefile("rw") as lines:
-                lines.write('{"QMP": {"version": {"qemu": {"major": 10, "minor": 0, "micro": 0}, ')
-                lines.write('"package": ""}, "capabilities": []}}\n')
-                lines.flush()
-                for line in lines:
-                    command = json.loads(line)
+            with connection:
+                connection.sendall(json.dumps(GREETING).encode() + b"\n")
+                # The client asks one thing at a time, and ends no line.
+                while data := connection.recv(4096):
+                    command = json.loads(data)
                     if command["execute"] == "never":
                         os.kill(os.getpid(), signal.SIGTERM)
                         continue
                     # The first one, which negotiates, has no id.
                     name = {key: command[key] for key in ("id",) if key in command}
                     answer = {"return": {"status": "running"}, **name}
-                    lines.write(json.dumps(answer) + "\n")
-                    lines.flush()
+                    connection.sendall(json.dumps(answer).encode() + b"\n")
 
         thread = threading.Thread(target=serve)
         thread.start()

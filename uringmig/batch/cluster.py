@@ -77,7 +77,8 @@ class ClusterPool:
         except (OSError, TimeoutError, ValueError) as error:
             raise BusyError(f"{address}: no dask scheduler: {error}") from None
         self._tasks: dict[str, _Task] = {}
-        self._heard: queue.SimpleQueue[bytes | tuple[str, str]] = queue.SimpleQueue()
+        # No SimpleQueue: a signal that comes as its time runs out makes it wait for ever.
+        self._heard: queue.Queue[bytes | tuple[str, str]] = queue.Queue()
         self._topic = f"uringmig-{uuid.uuid4().hex}"
         self._client.subscribe_topic(self._topic, self._hear)
         self._workers: Mapping[str, Mapping[str, Any]] = {}

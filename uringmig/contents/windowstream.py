@@ -74,7 +74,7 @@ class _ReadWork:
         self,
         filler: WindowFiller,
         shared: ChannelFile,
-        ready: queue.SimpleQueue[_Filled | BaseException | None],
+        ready: queue.Queue[_Filled | BaseException | None],
         stopping: threading.Event,
     ) -> None:
         options = shared.options
@@ -144,7 +144,7 @@ def _fill(
     shared: ChannelFile, filler: WindowFiller, windows: Sequence[Window]
 ) -> Generator[_Filled, None, None]:
     """Run the channels in a thread; whoever takes an item puts its buffer home afterwards."""
-    ready: queue.SimpleQueue[_Filled | BaseException | None] = queue.SimpleQueue()
+    ready: queue.Queue[_Filled | BaseException | None] = queue.Queue()
     stopping = threading.Event()
     works: list[_ReadWork] = []
 
