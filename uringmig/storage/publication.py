@@ -27,7 +27,6 @@ import errno
 import os
 from typing import Final
 
-from uringmig import signals
 from uringmig.errors import StateError, StorageError
 from uringmig.storage import partialfile
 from uringmig.storage.folder import Folder, check_replaceable, final_name
@@ -94,13 +93,11 @@ class Publication:
         """Give the file, already durable, its final name; success is said only after this.
 
         Raises:
-            Interrupted: a signal came before; nothing has been done.
             StorageError: the name does not exist, or still holds its former content, with its
                 sidecar.
         """
         if self.sidecar_path is None and sidecar is not None:
             raise StateError(f"{self.path}: was not opened for a sidecar")
-        signals.commit()
         try:
             self._rename(sidecar)
         except BaseException as error:

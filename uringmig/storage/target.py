@@ -30,7 +30,12 @@ class Target(Protocol):
         """What could not be had, one line each; complete after `publish`."""
 
     def publish(self, sidecar: bytes | None) -> str | None:
-        """Give the durable file its name; return the path of the sidecar, if there is one."""
+        """Give the durable file its name; return the path of the sidecar, if there is one.
+
+        Raises:
+            Interrupted: a signal came before; nothing has been done.
+            StorageError: the name does not exist, or still holds its former content.
+        """
 
     def close(self) -> None:
         """Close what was opened here; discard what was not published."""
@@ -85,6 +90,7 @@ class NamedTarget:
 
     def publish(self, sidecar: bytes | None) -> str | None:
         """Rename, sidecar included; see `Publication.publish`."""
+        signals.commit()
         self._publication.publish(sidecar)
         return None if sidecar is None else self._publication.sidecar_path
 
