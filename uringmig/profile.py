@@ -97,11 +97,19 @@ class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 def default_file() -> Path:
-    """Where profiles are kept unless told otherwise (XDG base directory specification)."""
+    """Where profiles are kept unless told otherwise (XDG base directory specification).
+
+    Raises:
+        StateError: this user has no home.
+    """
     home = Path(os.environ.get("XDG_CONFIG_HOME", ""))
     # The specification: a path that is not absolute is to be ignored.
-    base = home if home.is_absolute() else Path.home() / ".config"
-    return base / "uringmig" / "profiles.json"
+    if not home.is_absolute():
+        try:
+            home = Path.home() / ".config"
+        except RuntimeError:
+            raise StateError("HOME is not set; name the profile file") from None
+    return home / "uringmig" / "profiles.json"
 
 
 def read_entries(file: Path) -> list[Entry]:
@@ -157,10 +165,7 @@ def store_entry(entry: Entry, file: Path) -> None:
         FormatError: the file is there and malformed; it is left as it is.
         StorageError: it cannot be written; it holds its former content.
     """
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError as error:
-        raise StorageError("cannot make the folder", errno=error.errno, path=file.parent) from None
+    _make_folder(file)
     with replacing(file) as publication:
         # Read only now: whoever holds the partial file is the only writer.
         others = [other for other in read_entries(file) if not other.place.matches(entry.place)]
@@ -177,8 +182,18 @@ def check_writable(file: Path) -> None:
     Raises:
         FormatError: what is there is no profile file.
         StateError: the name is a folder's.
-        StorageError: it cannot be read.
+        StorageError: it cannot be read, or nothing can be written there.
     """
-    if file.is_dir():
+    if os.path.isdir(file):  # noqa: PTH112 - that one raises where a folder may not be searched
         raise StateError(f"{file}: is a folder; name a file for the profile")
-    read_entries(file)
+    _make_folder(file)
+    with replacing(file):
+        read_entries(file)
+
+
+def _make_folder(file: Path) -> None:
+    """Make the folder of a profile file where there is none."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise StorageError("cannot make the folder", errno=error.errno, path=file.parent) from None

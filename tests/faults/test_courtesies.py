@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from archiveentries import add_entry
+from batchjobs import check_archive, job, make_image, run_jobs, write_jobs
 from loopdisk import needs, run
 from smallguests import OPTIONS, check_image, copy_of, left_in, make_guest, ramblocks_of
 
@@ -87,6 +88,24 @@ def test_command_line_tells_it_and_ends_well(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         assert "note: " in done.stderr
         assert "the file system keeps no modes" in done.stderr
+
+
+def test_file_system_that_does_not_count_its_room_is_not_full(tmp_path: Path) -> None:
+    """On ramfs all of statvfs is 0: that is no answer, and said to be none."""
+    needs()
+    make_image(tmp_path / "vm.mig")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    run("mount", "-t", "ramfs", "none", str(disk))
+    try:
+        path = write_jobs(tmp_path, job("web", "image = 'vm.mig'", archive=str(disk / "archive")))
+        for option in ("--dry-run", "--report=" + str(tmp_path)):
+            ended = run_jobs(path, option)
+            assert ended.code == 0, ended.err
+            assert "does not say how much is free" in ended.err
+        assert len(check_archive(disk / "archive")) == 1
+    finally:
+        run("umount", str(disk))
 
 
 def refused(number: int) -> Any:

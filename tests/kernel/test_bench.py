@@ -5,6 +5,7 @@ Tiny and short: nothing here says how fast anything is.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -110,6 +111,27 @@ def test_the_default_place_is_in_the_config_folder(
     monkeypatch.setenv("XDG_CONFIG_HOME", str(out.parent))
     assert uringmig("bench", tmp_path, *SHORT, "--quiet") == Ended(0, "", "")
     assert settings_for(tmp_path, out.parent / "uringmig" / "profiles.json") is not None
+
+
+@pytest.mark.parametrize("home", ["/proc", "/dev/null", "read-only"])
+def test_nothing_measured_is_thrown_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: str
+) -> None:
+    """Where no profile can be kept that is told first, and the result all the same."""
+    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
+    with contextlib.ExitStack() as stack:
+        if home == "read-only":
+            home = str(stack.enter_context(mounted("tmpfs", tmp_path, size=MIB)))
+            run("mount", "-o", "remount,ro", home)
+        monkeypatch.setenv("HOME", home)
+        done = uringmig("bench", tmp_path, *SHORT, "--json")
+        assert done.code == 1
+        assert done.err.startswith("uringmig: warning: the profile is not kept: ")
+        assert "--out" in done.err
+        assert done.result()["settings"]
+        named = uringmig("bench", tmp_path, *SHORT, "--out", f"{home}/p.json", "--json")
+        assert (named.code, named.err.count("\n")) == (5, 1)
+        assert [event["event"] for event in named.events()] == ["error"]
 
 
 @pytest.fixture

@@ -207,3 +207,11 @@ def test_default_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         assert default_file() == tmp_path / ".config/uringmig/profiles.json"
     monkeypatch.setenv("XDG_CONFIG_HOME", "/etc/xdg")
     assert default_file() == Path("/etc/xdg/uringmig/profiles.json")
+
+
+def test_user_without_a_home_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOME")
+    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 4_000_000)
+    with pytest.raises(StateError, match="name the profile file"):
+        default_file()

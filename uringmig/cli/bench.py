@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
 from uringmig.bench.directory import BenchReport, Setting, bench_directory
 from uringmig.bench.race import Rate
 from uringmig.cli import parameters
+from uringmig.cli.output import Output
 from uringmig.cli.session import session_of
+from uringmig.errors import StateError, StorageError, UringmigError
 from uringmig.options import PAGE_SIZE
 from uringmig.profile import Entry, Measured, check_writable, default_file, store_entry
 from uringmig.units import MiB, format_size
+
+_NOT_KEPT: Final = "the profile is not kept"
 
 
 def bench(
@@ -50,15 +54,38 @@ def bench(
 ) -> None:
     """Measure a directory: ceiling, best channels x depth x block size, direct or not."""
     output = session_of(context, json=json, quiet=quiet, verbose=False).output
-    file = out or default_file()
-    check_writable(file)
+    file = _profile_file(output, out)
     with output.waiting(f"measuring {folder} for {seconds:.0f} s"):
         report = bench_directory(folder, size=size, seconds=seconds, engine=engine, direct=direct)
-    store_entry(_entry(report), file)
     for note in report.notes:
         output.note(note)
-    output.result("bench", report, [*_lines(report), f"profile      {file}"])
+    lines = _lines(report)
+    if file is not None:
+        try:
+            store_entry(_entry(report), file)
+            lines.append(f"profile      {file}")
+        except UringmigError as error:
+            output.warn(f"{_NOT_KEPT}: {error}")
+    output.result("bench", report, lines)
     raise typer.Exit(output.exit_code)
+
+
+def _profile_file(output: Output, out: Path | None) -> Path | None:
+    """The profile file, tried before anything is measured; None where nothing can be kept.
+
+    Raises:
+        UringmigError: the file that was named cannot be written, or is no profile file.
+    """
+    if out is not None:
+        check_writable(out)
+        return out
+    try:
+        file = default_file()
+        check_writable(file)
+    except (StateError, StorageError) as error:
+        output.warn(f"{_NOT_KEPT}: {error}; name a file with --out")
+        return None
+    return file
 
 
 def _entry(report: BenchReport) -> Entry:
