@@ -454,7 +454,8 @@ def undocumented(names: list[str], values: dict[str, object], readme: str) -> li
 def test_public_names_are_documented() -> None:
     names = list(getattr(uringmig, "__all__", []))
     assert names == sorted(set(names), key=names.index), "a name is there twice"
-    found = undocumented(names, vars(uringmig), (ROOT / "README.md").read_text())
+    values = {name: getattr(uringmig, name) for name in names}
+    found = undocumented(names, values, (ROOT / "README.md").read_text())
     assert not found, "\n".join(found)
 
 

@@ -1,6 +1,20 @@
-"""``python -m uringmig`` is the command line."""
+"""``python -m uringmig`` is the command line, and so is the program `uringmig`."""
 
-from uringmig.cli import main
+import signal
+
+
+def main() -> None:
+    """Run the command line of this process, and exit.
+
+    Until it has handlers of its own, which takes as long as loading it does, Ctrl-C ends the
+    process as any other: Python's handler would show a traceback. Where it is ignored it stays so.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from uringmig import cli
+
+    cli.main()
+
 
 if __name__ == "__main__":
     main()
