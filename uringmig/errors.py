@@ -133,6 +133,11 @@ class StorageError(UringmigError):
         super().__init__(f"{where}{what}{at}{why}" + ("" if cure is None else f"; {cure}"))
 
     @property
+    def is_absent(self) -> bool:
+        """Whether it failed because there is no such file."""
+        return self.errno == errno_names.ENOENT
+
+    @property
     def may_pass(self) -> bool:
         """A lock is given back, the kernel finds memory; a full or failing disk stays so."""
         return self.errno in _PASSING

@@ -14,7 +14,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, TextIO
@@ -111,6 +111,11 @@ class Output:
         self._warnings.append(text)
         self.exit_code = _WARNED
         self._complain(f"warning: {text}")
+
+    def warn_all(self, texts: Iterable[str]) -> None:
+        """Say several things that make the exit code 1."""
+        for text in texts:
+            self.warn(text)
 
     def result(
         self, command: str, value: object, lines: Sequence[str], *, exit_code: int | None = None
