@@ -483,11 +483,11 @@ def test_manifest_of_something_else_is_a_problem_of_its_own(
     report = reindex(archive.path)
     with Archive.open(archive.path, write=True) as again:
         assert again.find("good") == good
-        assert again.notes == list(report.problems)
         if "file_size" in values and values["file_size"] >= 0:
             assert again.find("one").condition == "damaged", "a manifest, but not this image's"
         else:
             assert again.entries() == [good]
+            assert again.notes == list(report.problems)
             assert len(report.problems) == 1
             assert "one.mig" in report.problems[0]
     assert Path(bad.image).exists()
