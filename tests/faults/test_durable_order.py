@@ -75,7 +75,7 @@ def test_save(tmp_path: Path, former: bool, with_manifest: bool) -> None:
 
 @dataclass(frozen=True)
 class ArchiveRun:
-    """A recorded `archive run` of a hot and a cold copy, with checkpoints."""
+    """A recorded `archive run` of a hot and a cold copy, with checkpoints, metrics and a report."""
 
     root: Path
     calls: list[Call]
@@ -112,24 +112,20 @@ def archived(tmp_path_factory: pytest.TempPathFactory) -> ArchiveRun:
         ),
     )  # fmt: skip
     recording = run(
-        "archive",
-        "run",
-        jobs,
-        "--json",
-        "--workers",
-        1,
-        root=root,
-    )
+        "archive", "run", jobs, "--json", "--workers", 1,
+        "--metrics-file", root / "metrics.prom", "--report", root / "report", root=root,
+    )  # fmt: skip
     return ArchiveRun(root, recording.calls)
 
 
 def test_archive_run(archived: ArchiveRun) -> None:
-    """Images, manifests, journals: nothing has its name before it is whole."""
+    """Images, manifests, journals, report and metrics: nothing has its name before it is whole."""
     calls = without_catalogue(archived.calls)
     given = names_given(calls)
     for image in (archived.image("hot"), archived.image("cold")):
         assert {image.name, f"{image.name}.manifest.json"} <= given
-    assert {Path(name).suffix for name in given} >= {".run", ".json"}
+    assert {"metrics.prom"} <= given
+    assert {Path(name).suffix for name in given} >= {".run", ".md", ".json"}
     assert unsafe_names(calls, logs=LOGS) == []
 
 

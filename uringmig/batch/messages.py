@@ -15,7 +15,6 @@ from uringmig.errors import (
     BusyError,
     FormatError,
     HostError,
-    LimitError,
     MismatchError,
     PeerError,
     StateError,
@@ -31,7 +30,7 @@ _EXIT_CODES: Final = {
     kind.__name__: kind.exit_code
     for kind in (
         StateError, FormatError, MismatchError, PeerError, BusyError, StorageError, HostError,
-        LimitError, UringmigError,
+        UringmigError,
     )
 }  # fmt: skip
 
@@ -224,6 +223,6 @@ def failure(key: str, error: UringmigError, *, ending: Ending = "failed") -> Out
     )
 
 
-def lost(key: str, why: str, *, may_pass: bool, kind: str = "WorkerLost") -> Outcome:
+def lost(key: str, why: str, *, may_pass: bool) -> Outcome:
     """The outcome of an order whose worker died: nothing is known to be wrong with the job."""
-    return Outcome(key=key, ending="lost", kind=kind, error=why, may_pass=may_pass)
+    return Outcome(key=key, ending="lost", kind="WorkerLost", error=why, may_pass=may_pass)

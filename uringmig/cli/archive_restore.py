@@ -11,7 +11,6 @@ import typer
 from uringmig.archive.directory import Archive
 from uringmig.archive.restoring import RestoreResult, restore_file, restore_into
 from uringmig.cli import parameters
-from uringmig.cli.archive_list import tell_state
 from uringmig.cli.session import Session, session_of
 from uringmig.errors import StateError
 from uringmig.options import ReadOptions, WriteOptions
@@ -67,7 +66,6 @@ def restore(
                 write=options.like(WriteOptions),
                 progress=session.progress,
             )
-        tell_state(session.output, opened)
     for note in done.notes:
         session.output.note(note)
     session.output.result("archive restore", done, _lines(name, done))
