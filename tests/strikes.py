@@ -1,0 +1,70 @@
+"""The real program struck by a signal in the middle of a chosen system call: strace delivers it.
+
+So every step of a save, a copy or a restore can be met, publication's included, at a known place
+and not by luck.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from commandline import PROGRAM, Ended
+
+#: What `Signals` turns into an exit code, and what a signal does before there are handlers.
+NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+@dataclass(frozen=True)
+class Struck(Ended):
+    """How a run ended; ``lines`` are the calls looked at, by any process or thread of it."""
+
+    lines: tuple[str, ...] = ()
+    number: signal.Signals = signal.SIGTERM
+
+    @property
+    def hit(self) -> bool:
+        """Whether the signal was sent at all."""
+        return any(f"--- {self.number.name} " in line for line in self.lines)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the run says that the signal has ended it."""
+        return self.code == 128 + self.number
+
+
+def strike(
+    folder: Path, call: str, when: int, number: signal.Signals, *arguments: object
+) -> Struck:
+    """Run the program; each of its threads gets the signal in its ``when``-th ``call``."""
+    log = folder / "strikes.log"
+    done = subprocess.run(
+        ["strace", "-f", "-qq", "-o", str(log), "-e", f"trace={call}",
+         "-e", f"inject={call}:signal={number.name}:when={when}", *PROGRAM, *map(str, arguments)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    lines = log.read_text().splitlines()
+    log.unlink()
+    assert "Traceback" not in done.stderr, done.stderr
+    return Struck(done.returncode, done.stdout, done.stderr, tuple(lines), number)
+
+
+def sweep(
+    folder: Path, call: str, *arguments: object, every: int = 1, undisturbed: int = 0
+) -> Iterator[Struck]:
+    """Strike at each ``call`` in turn, with one signal after the other, until there is none left.
+
+    ``every`` leaves out some, where there are many of one kind.
+    ``undisturbed`` is the exit code of a run that no signal meets.
+
+    Whoever takes the runs puts things back as they were before each.
+    """
+    when = 1
+    while (struck := strike(folder, call, when, NUMBERS[when % len(NUMBERS)], *arguments)).hit:
+        yield struck
+        when += every
+    assert when > 1, f"{call} is never called"
+    assert struck.code == undisturbed, struck.err
