@@ -16,9 +16,9 @@ import random
 import signal
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Final, NoReturn
+from typing import Final, NoReturn
 
-import typer
+import click
 
 from perf.compare import compare
 from perf.model import describe
@@ -34,52 +34,86 @@ from uringmig.units import parse_size
 #: The last heading of MODEL.md; what follows is made here.
 MEASURED: Final = "## Measured"
 
-app: Final = typer.Typer(
-    name="python -m perf",
-    # \b keeps click from filling the lines of the example.
-    help=(__doc__ or "").replace("sequence:\n\n", "sequence:\n\n\b\n"),
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
+
+# \b keeps click from filling the lines of the example.
+@click.group(help=(__doc__ or "").replace("sequence:\n\n", "sequence:\n\n\b\n"))
+def app() -> None:
+    """Hold the commands."""
 
 
-def _words(text: str) -> list[str]:
+_out = click.argument("out", type=click.Path(path_type=Path))
+
+
+def _words(_: click.Context, __: click.Parameter, text: str) -> list[str]:
     """What stands between commas."""
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
 @app.command()
+@click.option("--quick", is_flag=True, help="Under five minutes (default).")
+@click.option("--full", is_flag=True, help="Under forty minutes.")
+@click.option("--seed", type=int, help="Of orders and bytes; drawn and printed if not given.")
+@click.option(
+    "--folder",
+    type=click.Path(path_type=Path),
+    default=ROOT / ".cache" / "perf",
+    show_default=True,
+    help="Where images are made.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("perf-out"),
+    show_default=True,
+    help="Where results go.",
+)
+@click.option("--targets", callback=_words, default="", help=f"Of {', '.join(TARGETS)}.")
+@click.option("--workloads", callback=_words, default="", help=f"Of {', '.join(WORKLOADS)}.")
+@click.option(
+    "--rivals",
+    callback=_words,
+    default="",
+    help="Patterns of names, such as 'uringmig*,qemu*x2 direct'.",
+)
+@click.option("--rounds", type=click.IntRange(min=1), help="Rounds of every contest.")
+@click.option("--memory", help="Size of every guest, such as 64M.")
+@click.option(
+    "--repeat-disturbed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="How often a disturbed run is tried again.",
+)
+@click.option(
+    "--settle",
+    type=click.FloatRange(min=0),
+    default=SETTLE_S,
+    show_default=True,
+    help="Longest wait for idle processors before a run, seconds.",
+)
 def run(
-    quick: Annotated[bool, typer.Option("--quick", help="Under five minutes (default).")] = False,
-    full: Annotated[bool, typer.Option("--full", help="Under forty minutes.")] = False,
-    seed: Annotated[
-        int | None, typer.Option(help="Of orders and bytes; drawn and printed if not given.")
-    ] = None,
-    folder: Annotated[Path, typer.Option(help="Where images are made.")] = ROOT / ".cache" / "perf",
-    out: Annotated[Path, typer.Option(help="Where results go.")] = Path("perf-out"),
-    targets: Annotated[str, typer.Option(help=f"Of {', '.join(TARGETS)}.")] = "",
-    workloads: Annotated[str, typer.Option(help=f"Of {', '.join(WORKLOADS)}.")] = "",
-    rivals: Annotated[
-        str, typer.Option(help="Patterns of names, such as 'uringmig*,qemu*x2 direct'.")
-    ] = "",
-    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of every contest.")] = None,
-    memory: Annotated[str | None, typer.Option(help="Size of every guest, such as 64M.")] = None,
-    repeat_disturbed: Annotated[
-        int, typer.Option(min=0, help="How often a disturbed run is tried again.")
-    ] = 0,
-    settle: Annotated[
-        float, typer.Option(min=0, help="Longest wait for idle processors before a run, seconds.")
-    ] = SETTLE_S,
+    *,
+    quick: bool,
+    full: bool,
+    seed: int | None,
+    folder: Path,
+    out: Path,
+    targets: list[str],
+    workloads: list[str],
+    rivals: list[str],
+    rounds: int | None,
+    memory: str | None,
+    repeat_disturbed: int,
+    settle: float,
 ) -> None:
     """Measure, and write OUT/samples.json and OUT/pyperf.json."""
     if quick and full:
-        raise typer.BadParameter("--quick and --full exclude each other")
+        raise click.UsageError("--quick and --full exclude each other")
     contests = choose(
         "full" if full else "quick",
-        targets=_words(targets),
-        workloads=_words(workloads),
-        rivals=_words(rivals),
+        targets=targets,
+        workloads=workloads,
+        rivals=rivals,
         rounds=rounds,
         memory_bytes=None if memory is None else parse_size(memory),
     )
@@ -88,47 +122,53 @@ def run(
         out=out,
         seed=random.SystemRandom().randrange(1 << 32) if seed is None else seed,
         repeat_disturbed=repeat_disturbed,
-        say=typer.echo,
+        say=click.echo,
         settle_s=settle,
     )
-    session.run(contests)
-    typer.echo(f"results in {out}; now: python -m perf report {out}")
+    # Who asks for a part of the contests wants that part.
+    session.run(contests, startup=not (targets or workloads or rivals))
+    click.echo(f"results in {out}; now: python -m perf report {out}")
 
 
 @app.command()
-def report(out: Annotated[Path, typer.Argument(help="As given to run.")]) -> None:
-    """Write OUT/report.md and OUT/report.html: tables, targets, pictures."""
+@_out
+def report(out: Path) -> None:
+    """Write OUT/report.html and OUT/report.md: tables, targets, pictures."""
     for path in write_report(load(out), out):
-        typer.echo(path)
+        click.echo(path)
 
 
 @app.command()
-def table(out: Annotated[Path, typer.Argument(help="As given to run.")]) -> None:
+@_out
+def table(out: Path) -> None:
     """Print the README's table (Markdown) with date, machine and command."""
-    typer.echo(readme_table(load(out)))
+    click.echo(readme_table(load(out)))
 
 
 @app.command()
-def model(
-    out: Annotated[Path, typer.Argument(help="As given to run.")],
-    into: Annotated[
-        Path | None, typer.Option(help="Put it into this file, instead of all after '## Measured'.")
-    ] = None,
-) -> None:
+@_out
+@click.option(
+    "--into",
+    type=click.Path(path_type=Path),
+    help="Put it into this file, instead of all after '## Measured'.",
+)
+def model(out: Path, into: Path | None) -> None:
     """Print the cost model beside what was measured (Markdown); see perf/MODEL.md."""
     text = describe(load(out))
     if into is None:
-        typer.echo(text)
+        click.echo(text)
     else:
         head = into.read_text().partition(f"{MEASURED}\n")[0]
         into.write_text(f"{head}{MEASURED}\n{text}\n")
 
 
 @app.command("compare")
+@click.argument("first", type=click.Path(path_type=Path))
+@click.argument("second", type=click.Path(path_type=Path))
 def compare_command(first: Path, second: Path) -> None:
     """Compare two pyperf.json; refused if machine, disk, settings or guests differ."""
     for line in compare(first, second):
-        typer.echo(line)
+        click.echo(line)
 
 
 def _on_signal(number: int, frame: FrameType | None) -> NoReturn:
@@ -140,9 +180,9 @@ def main() -> None:
     """Run a command; an error is one line and its exit code."""
     signal.signal(signal.SIGTERM, _on_signal)
     try:
-        app()
+        app(prog_name="python -m perf")
     except UringmigError as error:
-        typer.echo(f"perf: {error}", err=True)
+        click.echo(f"perf: {error}", err=True)
         raise SystemExit(error.exit_code) from None
 
 

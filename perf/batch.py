@@ -20,10 +20,10 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Any, Final
 
+import click
 import numpy as np
-import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -166,12 +166,14 @@ def memory(folder: Path) -> None:
         path.unlink()
 
 
-def main(
-    folder: Annotated[Path, typer.Option(help="On the disk to measure.")],
-    count: Annotated[int, typer.Option(help="Images in the batch.")] = 8,
-    size: Annotated[str, typer.Option(help="Of each.")] = f"{GiB}",
-    rounds: Annotated[int, typer.Option(help="Of both.")] = 3,
-) -> None:
+@click.command()
+@click.option(
+    "--folder", type=click.Path(path_type=Path), required=True, help="On the disk to measure."
+)
+@click.option("--count", default=8, show_default=True, help="Images in the batch.")
+@click.option("--size", default=f"{GiB}", show_default=True, help="Of each.")
+@click.option("--rounds", default=3, show_default=True, help="Of both.")
+def main(folder: Path, count: int, size: str, rounds: int) -> None:
     """Measure and print."""
     console.print(describe_host(folder))
     with tempfile.TemporaryDirectory(dir=folder, prefix="perf-batch-") as name:
@@ -180,4 +182,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    main()

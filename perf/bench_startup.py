@@ -18,9 +18,14 @@ from pathlib import Path
 from typing import Final
 
 from perf.micro import Micro, TimeFunction
+from perf.program import PROGRAM
 
-#: The console script of the interpreter that measures.
-PROGRAM: Final = Path(sys.executable).with_name("uringmig")
+#: Names of what `perf.verdict` judges.
+NOTHING: Final = "python: nothing"
+NUMPY: Final = "python: import numpy"
+PACKAGE: Final = "python: import uringmig"
+VERSION: Final = "uringmig --version"
+FIRST_BYTE: Final = "uringmig save, to its first QMP byte"
 #: What QEMU says to whoever connects; see QEMU's docs/interop/qmp-spec.rst.
 _GREETING: Final = {
     "QMP": {"version": {"qemu": {"major": 10, "minor": 0, "micro": 2}}, "capabilities": []}
@@ -81,17 +86,17 @@ def main() -> None:
     """Measure every mark."""
     micro = Micro("perf.bench_startup", __doc__ or "", program=str(PROGRAM))
     commands: dict[str, Sequence[str]] = {
-        "python: nothing": [sys.executable, "-c", "pass"],
-        "python: import numpy": [sys.executable, "-c", "import numpy"],
-        "python: import uringmig": [sys.executable, "-c", "import uringmig"],
-        "uringmig --version": [str(PROGRAM), "--version"],
+        NOTHING: [sys.executable, "-c", "pass"],
+        NUMPY: [sys.executable, "-c", "import numpy"],
+        PACKAGE: [sys.executable, "-c", "import uringmig"],
+        VERSION: [str(PROGRAM), "--version"],
         "uringmig archive list --help": [str(PROGRAM), "archive", "list", "--help"],
     }
     for name, command in commands.items():
         micro.cost(name, whole(command), operations=1, of="process")
     with tempfile.TemporaryDirectory() as folder:
         micro.cost(
-            "uringmig save, to its first QMP byte",
+            FIRST_BYTE,
             until_first_qmp_byte(Path(folder)),
             operations=1,
             of="process",

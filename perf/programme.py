@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Final, Literal
 
+from perf.program import Program
 from perf.rivals import Fio, Kind, Loader, Ours, Qemu, Rival
 from perf.workloads import WORKLOADS, Workload
 from uringmig.errors import StateError
@@ -48,6 +49,8 @@ _FIO: Final = (
     Fio(engine="psync", depth=1),
     Fio(engine="psync", jobs=2, depth=1, block_size=512 * KiB),
 )
+#: A whole process beside QEMU's command, on a guest so small that starting counts.
+_SMALL: Final[tuple[Rival, ...]] = (Program(), _QEMU_DIRECT[1], Qemu())
 _LOADS: Final[tuple[Rival, ...]] = (
     Ours(kind="load", label="reader"),
     Ours(kind="load", label="reader", channels=1, depth=16),
@@ -114,6 +117,7 @@ def _quick() -> list[Contest]:
         Contest("disk", of["mixed"].resized(GiB), "save", sparse, 1),
         Contest("disk", of["zero"].resized(GiB), "save", sparse, 1),
         Contest("disk", of["idle"], "save", (*_OURS, _QEMU_DIRECT[1]), 1),
+        Contest("disk", of["small"], "save", _SMALL, 3),
         Contest("disk", of["dense"].resized(GiB), "load", _LOADS, 2),
         _memory_speed("tmpfs", GiB, 1),
         _memory_speed("xfs-loop", GiB, 1),
@@ -133,6 +137,7 @@ def _full() -> list[Contest]:
         Contest("disk", of["mixed"], "save", sparse, 5),
         Contest("disk", of["zero"], "save", sparse, 3),
         Contest("disk", of["idle"], "save", (*_OURS, _ROUTE_B, Qemu(), *_QEMU_DIRECT[1:3]), 3),
+        Contest("disk", of["small"], "save", _SMALL, 10),
         Contest("disk", of["dense"].resized(2 * GiB), "load", _LOADS, 5),
         _memory_speed("tmpfs", 2 * GiB, 5),
         _memory_speed("xfs-loop", 2 * GiB, 5),

@@ -80,6 +80,13 @@ class Sample(msgspec.Struct, kw_only=True):
         return f"{self.target}/{self.workload}/{self.kind} {self.rival}"
 
 
+class Start(msgspec.Struct, kw_only=True):
+    """Processor seconds until a process did what it was started for, one value a process."""
+
+    what: str
+    values: list[float]
+
+
 class Results(msgspec.Struct, kw_only=True):
     """A whole run of the harness.
 
@@ -87,6 +94,7 @@ class Results(msgspec.Struct, kw_only=True):
         command: as it was typed.
         commit: of the code that was measured.
         hosts: what must agree before a comparison, by target; see `perf.host`.
+        starts: what `perf.bench_startup` found; empty if it was left out.
     """
 
     command: str
@@ -95,6 +103,7 @@ class Results(msgspec.Struct, kw_only=True):
     commit: str
     hosts: dict[str, dict[str, str]]
     samples: list[Sample] = []
+    starts: list[Start] = []
 
 
 class Figures(msgspec.Struct, kw_only=True):

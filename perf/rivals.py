@@ -191,7 +191,7 @@ class Ours:
         )
         if self.route == "file":
             return _run_child(job, task)
-        with _machine(task) as machine:
+        with machine_of(task) as machine:
             job.qmp = str(machine.qmp_path)
             return _run_child(job, task)
 
@@ -241,7 +241,7 @@ class Qemu:
         """Have a QEMU do it."""
         started = time.monotonic()
         arguments = ["-mem-prealloc"] if self.touched else []
-        with _machine(task, incoming=self.kind == "load", arguments=arguments) as machine:
+        with machine_of(task, incoming=self.kind == "load", arguments=arguments) as machine:
             startup_s = time.monotonic() - started
             monitor = machine.monitor
             monitor.set_capabilities(**{"mapped-ram": self.mapped, "multifd": self.channels > 0})
@@ -302,7 +302,7 @@ class Loader:
     def run(self, task: Task) -> Measured:
         """Load into a waiting QEMU, the checks before included."""
         started = time.monotonic()
-        with _machine(task, incoming=True) as machine:
+        with machine_of(task, incoming=True) as machine:
             startup_s = time.monotonic() - started
             watch = Watch(task.device)
             watch.start(machine.process.pid)
@@ -410,7 +410,7 @@ def size_name(size_bytes: int) -> str:
 
 
 @contextmanager
-def _machine(
+def machine_of(
     task: Task, *, incoming: bool = False, arguments: Sequence[str] = ()
 ) -> Iterator[Machine]:
     """A stopped QEMU around the guest's memory; a waiting one has fresh memory of its own."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -18,16 +19,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
+import pyperf
+
 from perf.host import describe_host, device_of
 from perf.observe import cached_bytes, drop_file_cache, drop_page_cache, wait_until_idle
 from perf.programme import Contest
-from perf.results import Results, Sample, save
+from perf.results import Results, Sample, Start, save
 from perf.rivals import ROOT, Measured, Ours, Rival, Task
 from perf.targets import opened
 from perf.workloads import GuestRam
 from uringmig.errors import UringmigError
 from uringmig.options import PAGE_SIZE
 
+#: A median of so many processes is steady on a quiet machine.
+STARTS: Final = 20
 #: How long the processors may take to become idle before a run; then it begins all the same.
 SETTLE_S: Final = 1.0
 
@@ -74,14 +79,17 @@ class Session:
             hosts={},
         )
 
-    def run(self, contests: Sequence[Contest]) -> Results:
-        """Run all contests.
+    def run(self, contests: Sequence[Contest], *, startup: bool = False) -> Results:
+        """Run all contests, and before them the bench of starting if ``startup`` is set.
 
         Raises:
             RivalFailed: names the rival and its cause; what was measured before is on disk.
         """
         self.say(f"seed {self.seed}; repeat with --seed {self.seed}")
         try:
+            if startup:
+                self.say("== start-up: processor time of processes")
+                self.results.starts = measure_starts(self.say)
             for contest in contests:
                 self._contest(contest)
                 save(self.results, self.out)
@@ -214,6 +222,25 @@ class Session:
             timeline=measured.timeline,
             notes=measured.notes,
         )
+
+
+def measure_starts(say: Callable[[str], None]) -> list[Start]:
+    """Run `perf.bench_startup`, one process a value."""
+    with tempfile.TemporaryDirectory(prefix="perf-") as scratch:
+        file = Path(scratch) / "starts.json"
+        command = [
+            *(sys.executable, "-m", "perf.bench_startup", "--quiet", "-o", str(file)),
+            *("--processes", str(STARTS), "--values", "1", "--warmups", "0", "--loops", "1"),
+        ]
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        suite = pyperf.BenchmarkSuite.load(str(file))
+    starts = [
+        Start(what=bench.get_name(), values=list(bench.get_values()))
+        for bench in suite.get_benchmarks()
+    ]
+    for start in starts:
+        say(f"      {start.what:40} {1e3 * statistics.median(start.values):7.1f} ms")
+    return starts
 
 
 def _line(sample: Sample) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from perf import bench_startup
 from perf.results import (
     Results,
     Sample,
@@ -23,6 +24,8 @@ from uringmig.units import MiB, format_size
 CPU_SHARE_MAX: Final = 2 / 3
 MANIFEST_CPU_MAX: Final = 0.12
 PAGE_CACHE_MAX: Final = 8 * MiB
+#: CPU seconds of `uringmig save` until QEMU hears of it.
+FIRST_BYTE_CPU_MAX: Final = 0.15
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +79,11 @@ def verdicts(results: Results) -> list[Verdict]:
         *_no_allocation(_rounds(results, "idle")),
         *_cpu(dense),
         *_page_cache(results),
+        *_at_least(
+            "small guest: `uringmig save` from exec to exit not slower than QEMU's best save of it",
+            _ratio(_rounds(results, "small"), _is_program, _group("qemu")), 1.0, " x",
+        ),
+        *_starts(results),
     ]  # fmt: skip
 
 
@@ -119,6 +127,10 @@ def _has_defaults(sample: Sample) -> bool:
         sample.settings[name] == getattr(_DEFAULTS, name)
         for name in ("channels", "depth", "block_size", "bridge")
     )
+
+
+def _is_program(sample: Sample) -> bool:
+    return sample.group == "uringmig" and sample.settings["route"] == "program"
 
 
 def _is_direct_qemu(sample: Sample) -> bool:
@@ -220,6 +232,34 @@ def _page_cache(results: Results) -> list[Verdict]:
             max(known) < PAGE_CACHE_MAX,
         )
     ]
+
+
+def _starts(results: Results) -> list[Verdict]:
+    """Processor time of starting: against an empty Python, against numpy alone, and in seconds."""
+    medians = {start.what: statistics.median(start.values) for start in results.starts}
+    found = []
+    for what, beside, most in (
+        (bench_startup.VERSION, bench_startup.NOTHING, 3.0),
+        (bench_startup.PACKAGE, bench_startup.NUMPY, 1.3),
+    ):
+        if what in medians and beside in medians:
+            ratio = medians[what] / medians[beside]
+            found.append(
+                Verdict(
+                    f"start: `{what}` at most {most:g} x `{beside}`",
+                    f"{ratio:.2f} ({1e3 * medians[what]:.0f} by {1e3 * medians[beside]:.0f} ms)",
+                    ratio <= most,
+                )
+            )
+    if (first := medians.get(bench_startup.FIRST_BYTE)) is not None:
+        found.append(
+            Verdict(
+                f"start: `{bench_startup.FIRST_BYTE}` at most {FIRST_BYTE_CPU_MAX} cpu s",
+                f"{first:.3f} s",
+                first <= FIRST_BYTE_CPU_MAX,
+            )
+        )
+    return found
 
 
 def _durable(sample: Sample) -> float:

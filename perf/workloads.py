@@ -57,6 +57,9 @@ WORKLOADS: Final = {
         Workload("fragmented", GiB, "alternate", False, "every other page is zero"),
         Workload("mixed", 2 * GiB, "mixed", False, "runs and gaps of 1 to 1023 pages, log-uniform"),
         Workload("idle", 8 * GiB, "idle", True, "about a 32nd touched in runs, the rest holes"),
+        Workload(
+            "small", GiB // 2, "mixed", True, "half in runs of 1 to 1023 pages, the rest holes"
+        ),
         Workload("zero", 2 * GiB, "zero", False, "every page zero, and written"),
     )
 }

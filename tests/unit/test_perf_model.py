@@ -7,8 +7,8 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from click.testing import CliRunner
 from test_perf_results import results_of, sample
-from typer.testing import CliRunner
 
 from perf.__main__ import app
 from perf.model import describe, fit, points

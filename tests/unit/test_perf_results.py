@@ -15,7 +15,7 @@ import pytest
 from perf.compare import compare
 from perf.plots import plots
 from perf.report import readme_table, write_report
-from perf.results import Results, Sample, as_suite, counted, figures, load, save
+from perf.results import Results, Sample, Start, as_suite, counted, figures, load, save
 from perf.rivals import Group
 from perf.verdict import best_of, is_ours, verdicts
 from uringmig.errors import FormatError, MismatchError
@@ -270,6 +270,34 @@ def test_of_rivals_that_tie_the_cheapest_is_the_best(slower: float, best: str) -
     found = best_of(samples, is_ours)
     assert found is not None
     assert found[0] == f"uringmig io_uring {best}"
+
+
+def test_starting_is_judged_against_an_empty_python() -> None:
+    results = results_of([])
+    results.starts = [
+        Start(what="python: nothing", values=[0.02, 0.03, 0.02]),
+        Start(what="uringmig --version", values=[0.05, 0.09, 0.06]),
+        Start(what="python: import numpy", values=[0.1]),
+        Start(what="python: import uringmig", values=[0.15]),
+        Start(what="uringmig save, to its first QMP byte", values=[0.2, 0.14, 0.15]),
+    ]
+    assert [(verdict.measured, verdict.met) for verdict in verdicts(results)] == [
+        ("3.00 (60 by 20 ms)", True),
+        ("1.50 (150 by 100 ms)", False),
+        ("0.150 s", True),
+    ]
+
+
+def test_a_small_guest_is_judged_by_the_whole_process() -> None:
+    process = sample("uringmig io_uring 2x8x1M", 0.5, workload="small")
+    process = msgspec.structs.replace(
+        process, rival="uringmig save, the process",
+        settings={**process.settings, "route": "program", "manifest": 1},
+    )  # fmt: skip
+    qemu = sample("qemu mapped-ram multifd x2 direct", 0.4, workload="small")
+    [verdict] = verdicts(results_of([process, qemu]))
+    assert verdict.measured == "0.80 x"
+    assert not verdict.met
 
 
 def test_memory_that_looking_allocated_is_seen() -> None:
