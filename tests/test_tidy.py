@@ -81,7 +81,7 @@ ARROWS: Final[dict[str, tuple[str, ...]]] = {
     "signals": (),
     "bench": ("writer", "profile"),
     "profile": ("storage",),
-    "verify": ("writer", "reader"),
+    "verify": ("contents",),
     "qemu": ("writer", "contents", "qemu.monitor"),
     "qemu.monitor": ("options", "signals"),
     "qemu.devicestream": ("image",),

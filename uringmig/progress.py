@@ -6,9 +6,13 @@ its own thread alone; a reader may see them a moment old, never wrong by more th
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
+
+#: How often whoever looks on is told.
+_INTERVAL_SECONDS: Final = 0.1
 
 #: The steps of a save in their order; ``read`` and ``verify`` are the reader's.
 Phase = Literal["write", "bitmaps", "devices", "sync", "publish", "read", "verify"]
@@ -119,6 +123,39 @@ def take_snapshot(
         seconds=seconds,
         channels=tuple(item.completed_bytes for item in counters),
     )
+
+
+class Teller:
+    """Tells of work that goes on in one thread, about ten times a second.
+
+    Args:
+        progress: called with a `Snapshot`; None: nobody looks on.
+        total_bytes: memory to go through.
+
+    Attributes:
+        counters: what has been done; its owner's to write.
+    """
+
+    def __init__(self, progress: ProgressCallback | None, *, total_bytes: int) -> None:
+        self.counters = ChannelCounters()
+        self._progress = progress
+        self._total_bytes = total_bytes
+        self._started = self._told_at = time.monotonic()
+
+    def tell(self, phase: Phase, *, now: bool = True) -> None:
+        """Tell of the work; unless ``now``, only if it was not told of a moment ago."""
+        at = time.monotonic()
+        if self._progress is None or not (now or at - self._told_at >= _INTERVAL_SECONDS):
+            return
+        self._told_at = at
+        self._progress(
+            take_snapshot(
+                phase,
+                [self.counters],
+                total_bytes=self._total_bytes,
+                seconds=at - self._started,
+            )
+        )
 
 
 def account(

@@ -8,31 +8,30 @@ first, and each piece is named by block and file offset.
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import time
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
-import numpy as np
-from numpy.typing import NDArray
-
+from uringmig.contents.comparing import Digests, compare_window
+from uringmig.contents.mappedram import MappedRamContents
+from uringmig.contents.source import WindowRead, each_row, row_length
 from uringmig.errors import MismatchError, StorageError
-from uringmig.image import digest, manifest
+from uringmig.image import manifest
 from uringmig.image.parse import stream_digest
-from uringmig.iobatch import IoPlan
-from uringmig.options import PAGE_SIZE, WINDOW_BYTES, ReadOptions
-from uringmig.pages import bitmap
-from uringmig.plan import Window
-from uringmig.progress import ProgressCallback
-from uringmig.reader import MappedRamReader, plan_reads, zero_clear_pages
-from uringmig.storage.buffers import aligned_buffer
+from uringmig.options import WINDOW_BYTES, ReadOptions
+from uringmig.progress import ChannelCounters, ProgressCallback, Teller
+from uringmig.reader import MappedRamReader
 from uringmig.storage.choice import EngineChoice
 from uringmig.storage.folder import beside
 from uringmig.storage.mainfile import open_for_reading
 from uringmig.units import div_ceil
 
-_WINDOW_PAGES = WINDOW_BYTES // PAGE_SIZE
+#: Windows asked for in one go, 16 GiB: what is known of each takes memory too.
+_ROWS_AT_ONCE: Final = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,16 +74,18 @@ def verify(
 
     Raises:
         FormatError: the image or the manifest breaks a rule; nothing further is looked at.
+        MismatchError: the file was changed meanwhile.
         StorageError: a read failed.
         HostError: io_uring is required and cannot be had.
     """
     started = time.monotonic()
-    with MappedRamReader(
-        path, offset=offset, options=options, progress=progress, engine=engine
-    ) as reader:
+    with MappedRamContents(
+        path, offset=offset, options=options, compared=True, engine=engine
+    ) as contents:
+        reader = contents.reader
         sidecar = Path(beside(path, manifest.SUFFIX))
         expected = _load_manifest(sidecar)
-        notes = list(reader.notes)
+        notes = list(contents.notes)
         mismatches: list[MismatchError] = []
         if expected is None:
             notes.append(f"no {sidecar.name}: structure checked and pages read, nothing compared")
@@ -95,8 +96,11 @@ def verify(
         if expected is not None and not mismatches:
             mismatches += compare_stream(reader, expected)
             digests = [block.digests for block in expected.blocks]
-        checked, found = _read_windows(reader, digests, options)
+        found = _read_windows(contents, digests, progress)
         mismatches += sorted(found, key=lambda item: item.offset or 0)
+        checked = contents.stored_bytes()
+        if digests is not None:
+            checked = sum(block.used_length for block in contents.blocks)
     return VerifyReport(
         path=os.fspath(path),
         manifest_path=None if expected is None else str(sidecar),
@@ -107,140 +111,42 @@ def verify(
     )
 
 
-class VerifyWork:
-    """One channel's side of a verification: windows are read into buffers of its own."""
-
-    def __init__(
-        self,
-        reader: MappedRamReader,
-        digests: list[list[str]] | None,
-        options: ReadOptions,
-        found: list[MismatchError],
-    ) -> None:
-        # As many windows as requests in flight can fill, and one that is being digested.
-        self.windows_max = div_ceil(options.depth * options.block_size, WINDOW_BYTES) + 1
-        self._reader = reader
-        self._digests = digests
-        self._options = options
-        self._found = found
-        self._free = [aligned_buffer(WINDOW_BYTES) for _ in range(self.windows_max)]
-        self._used: dict[tuple[int, int], NDArray[np.uint8]] = {}
-
-    def plan(self, window: Window) -> IoPlan:
-        """Plan the reads of the window's set pages into a free buffer."""
-        buffer = self._free.pop()
-        self._used[window.block_index, window.first_page] = buffer
-        block = self._reader.image.blocks[window.block_index]
-        return plan_reads(
-            self._bits(window),
-            address=buffer.ctypes.data,
-            file_offset=block.pages_offset + window.start_bytes,
-            options=self._options,
-        )
-
-    def submitted(self, window: Window) -> None:
-        """Nothing can be done beside the device: what is read is not there yet."""
-
-    def finished(self, window: Window) -> None:
-        """Compare the window's digest."""
-        buffer = self._used.pop((window.block_index, window.first_page))
-        if self._digests is not None:
-            memory = buffer[: window.length_bytes]
-            zero_clear_pages(memory, self._bits(window))
-            row = window.first_page // _WINDOW_PAGES
-            self._compare(window, digest.window_digest(memory).hex(), row)
-        self._free.append(buffer)
-
-    def _compare(self, window: Window, found: str, row: int) -> None:
-        """Note a difference; appending is safe from several threads."""
-        assert self._digests is not None
-        expected = self._digests[window.block_index][row]
-        if found != expected:
-            block = self._reader.image.blocks[window.block_index]
-            self._found.append(
-                _window_mismatch(block.idstr, block.pages_offset, row, expected, found)
-            )
-
-    def _bits(self, window: Window) -> NDArray[np.bool_]:
-        """The window's bits."""
-        idstr = self._reader.image.blocks[window.block_index].idstr
-        return bitmap.unpack(
-            self._reader.bitmap(idstr),
-            first_page=window.first_page,
-            page_count=window.page_count,
-        )
-
-
 def _read_windows(
-    reader: MappedRamReader, digests: list[list[str]] | None, options: ReadOptions
-) -> tuple[int, list[MismatchError]]:
-    """Read every window with a set bit; windows without one are zero and cost no reading."""
-    found: list[MismatchError] = []
-    windows: list[Window] = []
-    checked = 0
-    for number, block in enumerate(reader.image.blocks):
-        rows = _rows_with_bits(reader.bitmap(block.idstr))
-        windows += [
-            Window(
-                number,
-                row * _WINDOW_PAGES,
-                min(_WINDOW_PAGES, block.page_count - row * _WINDOW_PAGES),
-            )
-            for row in rows.tolist()
-        ]
-        if digests is not None:
-            found += _compare_zero_windows(
-                block.idstr, block.pages_offset, block.used_length, digests[number], rows
-            )
-            checked += block.used_length
-    if digests is None:
-        checked = sum(info.pages_set for info in reader.blocks) * PAGE_SIZE
-    shared = reader.channel_file(bounce_for=0)
-    for _ in reader.run(
-        "verify", windows, shared, lambda _: VerifyWork(reader, digests, options, found)
-    ):
-        pass
-    return checked, found
-
-
-def _rows_with_bits(packed: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """Numbers of the windows in which any bit is set."""
-    starts = np.arange(0, len(packed), _WINDOW_PAGES // 8)
-    return np.flatnonzero(np.bitwise_or.reduceat(packed, starts))
-
-
-def _compare_zero_windows(
-    idstr: str, pages_offset: int, used_length: int, digests: list[str], rows: NDArray[np.int64]
+    contents: MappedRamContents, digests: Digests | None, progress: ProgressCallback | None
 ) -> list[MismatchError]:
-    """Check that windows without a set bit were zero when saved."""
-    with_bits = set(rows.tolist())
+    """Read all windows that may differ, and compare them if there are digests."""
+    blocks, places = contents.blocks, contents.reader.image.blocks
+    # Without digests nothing can be seen in windows without a set bit, which are not read.
+    rows = contents.stored_rows() if digests is None else each_row(blocks)
+    total = sum(block.used_length for block in blocks)
+    teller = Teller(progress, total_bytes=contents.stored_bytes() if digests is None else total)
     found = []
-    for row, expected in enumerate(digests):
-        if row in with_bits:
-            continue
-        length = min(WINDOW_BYTES, used_length - row * WINDOW_BYTES)
-        zero = digest.zero_digest(length).hex()
-        if expected != zero:
-            found.append(_window_mismatch(idstr, pages_offset, row, expected, zero))
+    while some := list(itertools.islice(rows, _ROWS_AT_ONCE)):
+        with closing(contents.windows(some)) as windows:
+            for read in windows:
+                if digests is not None:
+                    mismatch = compare_window(
+                        read,
+                        digests[read.block_index][read.row],
+                        block=blocks[read.block_index].idstr,
+                        offset=places[read.block_index].pages_offset + read.row * WINDOW_BYTES,
+                    )
+                    found += [mismatch] if mismatch is not None else []
+                length = row_length(blocks[read.block_index], read.row)
+                _count(teller.counters, read, length, all_of_it=digests is not None)
+                teller.tell("verify", now=False)
+    teller.tell("verify")
     return found
 
 
-def differing_chunk(row: int) -> str:
-    """Say that a window differs, so that it can be found."""
-    return f"contents differ in chunk {row} (guest bytes from {row * WINDOW_BYTES:#x})"
-
-
-def _window_mismatch(
-    idstr: str, pages_offset: int, row: int, expected: str, found: str
-) -> MismatchError:
-    """Name one window that differs."""
-    return MismatchError(
-        differing_chunk(row),
-        block=idstr,
-        offset=pages_offset + row * WINDOW_BYTES,
-        expected=expected,
-        found=found,
-    )
+def _count(counters: ChannelCounters, read: WindowRead, length: int, *, all_of_it: bool) -> None:
+    """Count a window of ``length`` bytes as gone through: all of it, or what of it is stored."""
+    stored = length if read.data is None else read.data.total_bytes
+    length = length if all_of_it else stored
+    counters.scanned_bytes += length
+    counters.finished_bytes += length
+    counters.zero_bytes += length - stored
+    counters.completed_bytes += stored
 
 
 def _load_manifest(path: Path) -> manifest.Manifest | None:

@@ -6,7 +6,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -32,7 +32,7 @@ class Counted(MappedRamContents):
 
     asked: Sequence[Row] = ()
 
-    def windows(self, rows: Sequence[Row]) -> Iterator[WindowRead]:
+    def windows(self, rows: Sequence[Row]) -> Generator[WindowRead, None, None]:
         self.asked = list(rows)
         return super().windows(rows)
 

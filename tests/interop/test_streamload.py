@@ -13,10 +13,11 @@ import pytest
 from contentsreading import collect
 from realguest import FILL_BYTES, GUEST_BYTES, SavedGuest, StartMachine, shared_path
 
+from uringmig.contents.comparing import window_digest
 from uringmig.contents.memoryfiles import MemoryFileBlock, open_memory
 from uringmig.contents.opening import open_contents
 from uringmig.contents.source import Contents, all_rows
-from uringmig.contents.streaming import plain_pieces, window_digest
+from uringmig.contents.streaming import plain_pieces
 from uringmig.errors import MismatchError, PeerError
 from uringmig.options import ReadOptions
 from uringmig.progress import Snapshot

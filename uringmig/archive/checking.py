@@ -218,7 +218,7 @@ class _Visit:
     def check(self) -> EntryCheck | None:
         """Look at the entry; None if it was removed meanwhile."""
         try:
-            opened = open_entry(self.entry, options=self.run.options)
+            opened = open_entry(self.entry, options=self.run.options, compared=True)
         except (BytesError, StorageError) as error:
             if not self.run.archive.has(self.entry.name):
                 return None

@@ -22,6 +22,7 @@ from uringmig.archive.coldformat import (
     read_index,
 )
 from uringmig.channel import ChannelFile
+from uringmig.contents.comparing import compare_window
 from uringmig.contents.source import ContentsBlock, Row, WindowRead, row_of, window_of
 from uringmig.contents.sourcefile import FileVersion
 from uringmig.contents.windowstream import extents_of, read_windows, zero_memory, zero_window
@@ -202,9 +203,18 @@ class ColdContents:
         if not bits.all():
             zero_clear_pages(memory, bits)
             memory.reshape(-1, PAGE_SIZE)[bits] = pages.reshape(-1, PAGE_SIZE)
-        if digest.window_digest(memory) != frames.memory_digest[number].tobytes():
-            raise self._damaged(number, "a frame holds other memory than was saved")
-        return WindowRead(*row, memory, extents_of(bits))
+        read = WindowRead(
+            *row, memory, extents_of(bits), filled=True, digest=digest.window_digest(memory)
+        )
+        mismatch = compare_window(
+            read,
+            frames.memory_digest[number].tobytes().hex(),
+            block=self.blocks[window.block_index].idstr,
+            offset=int(frames.offset[number]),
+        )
+        if mismatch is not None:
+            raise mismatch
+        return read
 
     def _thread(self) -> _Unpacker:
         """What the calling thread unpacks with."""

@@ -10,13 +10,13 @@ from typing import Self
 
 from uringmig.archive.coldread import open_cold
 from uringmig.archive.entry import Entry, read_manifest
+from uringmig.contents.comparing import Digests, compare_window
 from uringmig.contents.mappedram import MappedRamContents
 from uringmig.contents.source import Contents, Row, WindowRead
-from uringmig.contents.streaming import Digests, window_digest
 from uringmig.errors import FormatError, MismatchError
 from uringmig.image import digest, manifest
 from uringmig.options import WINDOW_BYTES, ReadOptions
-from uringmig.verify import compare_shape, compare_stream, differing_chunk
+from uringmig.verify import compare_shape, compare_stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,16 +43,11 @@ class OpenedEntry:
 
     def mismatch(self, window: WindowRead) -> MismatchError | None:
         """Compare a window with the manifest's word; None is: it is what was saved."""
-        found = window_digest(window).hex()
-        expected = self.digests[window.block_index][window.row]
-        if found == expected:
-            return None
-        return MismatchError(
-            differing_chunk(window.row),
+        return compare_window(
+            window,
+            self.digests[window.block_index][window.row],
             block=self.contents.blocks[window.block_index].idstr,
             offset=self.offset_of((window.block_index, window.row)),
-            expected=expected,
-            found=found,
         )
 
 
@@ -102,8 +97,14 @@ def open_entry(
     entry: Entry,
     *,
     options: ReadOptions = ReadOptions(),  # noqa: B008 - frozen
+    compared: bool = False,
 ) -> OpenedEntry:
     """Open an entry's image and compare everything but its pages with its manifest.
+
+    Args:
+        entry: of an archive.
+        options: how to read.
+        compared: windows are only compared, and may come without memory.
 
     Raises:
         FormatError: image or manifest breaks a rule of its format.
@@ -113,14 +114,16 @@ def open_entry(
     """
     if entry.tier == "cold":
         return _open_cold(entry, options)
-    return _open_hot(entry, options)
+    return _open_hot(entry, options, compared)
 
 
-def _open_hot(entry: Entry, options: ReadOptions) -> OpenedEntry:
+def _open_hot(entry: Entry, options: ReadOptions, compared: bool) -> OpenedEntry:
     """A mapped-ram image; its digests are in the manifest."""
     said = manifest.decode(read_manifest(Path(entry.manifest)))
     with ExitStack() as stack:
-        contents = stack.enter_context(MappedRamContents(entry.image, options=options))
+        contents = stack.enter_context(
+            MappedRamContents(entry.image, options=options, compared=compared)
+        )
         reader = contents.reader
         shape = compare_shape(reader, said)
         if shape:

@@ -11,7 +11,7 @@ import time
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Literal
 
 from uringmig.archive.directory import Archive
 from uringmig.archive.hot import write_hot
@@ -20,8 +20,9 @@ from uringmig.archive.tier import EntryLabel
 from uringmig.contents.streaming import plain_pieces
 from uringmig.errors import StateError
 from uringmig.image import manifest
+from uringmig.image.draft import Durable, make_durable
 from uringmig.options import PAGE_SIZE, WINDOW_BYTES, ReadOptions, WriteOptions
-from uringmig.progress import ChannelCounters, Phase, ProgressCallback, take_snapshot
+from uringmig.progress import ProgressCallback, Teller
 from uringmig.qemu.monitor import Monitor
 from uringmig.qemu.streamload import StreamLoad, stream_into
 from uringmig.storage.buffers import aligned_buffer
@@ -31,7 +32,6 @@ from uringmig.storage.target import NamedTarget
 from uringmig.units import align_down
 
 OutputFormat = Literal["hot", "plain"]
-_TELL_SECONDS: Final = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,8 +161,9 @@ def _write_plain(
         with closing(plain_pieces(contents)) as pieces:
             for piece in pieces:
                 file.append(piece)
-        size = file.finish()
-        target.publish(None)
+        durable = file.finish()
+        size = target.main.size
+        durable.publish(None)
     finally:
         target.close()
     return size, target.notes
@@ -177,12 +178,10 @@ class _StreamFile:
         self._target = target
         self._direct = MainFile(target.direct.fd, target.path)
         self._total_bytes = contents.stored_bytes()
-        self._progress = progress
+        self._teller = Teller(progress, total_bytes=self._total_bytes)
         self._buffer = aligned_buffer(WINDOW_BYTES)
         self._filled = 0
         self._written = 0
-        self._counters = ChannelCounters()
-        self._started = self._told_at = time.monotonic()
 
     def append(self, piece: memoryview) -> None:
         """Add a piece; it is copied.
@@ -199,8 +198,8 @@ class _StreamFile:
                 self._flush(self._filled)
                 self._filled = 0
 
-    def finish(self) -> int:
-        """Write the rest and make all of it durable; return the file's length.
+    def finish(self) -> Durable:
+        """Write the rest and make all of it durable.
 
         Raises:
             StorageError: nothing may be said to be safe after this.
@@ -209,30 +208,13 @@ class _StreamFile:
         self._flush(whole)
         main = self._target.main
         main.write_at(self._written, self._buffer[whole : self._filled].data)
-        self._tell("sync")
-        main.sync()
-        main.drop_cache()
-        self._tell("publish")
-        return main.size
+        return make_durable(main, self._teller.tell, self._target.publish)
 
     def _flush(self, length: int) -> None:
         """Write the beginning of the buffer."""
         self._direct.write_at(self._written, self._buffer[:length].data)
         self._written += length
-        self._counters.completed_bytes = self._written
-        self._counters.finished_bytes = min(self._written, self._total_bytes)
-        if time.monotonic() - self._told_at >= _TELL_SECONDS:
-            self._tell("write")
-
-    def _tell(self, phase: Phase) -> None:
-        """Hand a snapshot to whoever looks on."""
-        self._told_at = time.monotonic()
-        if self._progress is not None:
-            self._progress(
-                take_snapshot(
-                    phase,
-                    [self._counters],
-                    total_bytes=self._total_bytes,
-                    seconds=self._told_at - self._started,
-                )
-            )
+        counters = self._teller.counters
+        counters.completed_bytes = self._written
+        counters.finished_bytes = min(self._written, self._total_bytes)
+        self._teller.tell("write", now=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from typing import Self
 
@@ -21,6 +21,7 @@ from uringmig.contents.windowstream import (
 from uringmig.format.constants import CAPABILITY_MAPPED_RAM
 from uringmig.format.device_state import DeviceState
 from uringmig.format.headers import Configuration
+from uringmig.image.digest import window_digest
 from uringmig.iobatch import IoPlan
 from uringmig.options import PAGE_SIZE, WINDOW_BYTES, ReadOptions
 from uringmig.pages import bitmap
@@ -38,6 +39,8 @@ class MappedRamContents:
         options: how to read.
         kind: what the operator is told it is.
         notes: what the operator should know besides.
+        compared: windows are only compared: where one was read it comes with its digest, and
+            without memory, so that no channel waits for whoever compares.
         engine: an engine of the caller's instead of ``options.engine``; for tests and benches.
 
     Raises:
@@ -56,11 +59,13 @@ class MappedRamContents:
         options: ReadOptions = ReadOptions(),  # noqa: B008 - frozen
         kind: str = "mapped-ram",
         notes: Sequence[str] = (),
+        compared: bool = False,
         engine: EngineChoice | None = None,
     ) -> None:
         self.path = os.fspath(path)
         self.kind = kind
         self._options = options
+        self._compared = compared
         self._reader = MappedRamReader(path, offset=offset, options=options, engine=engine)
         self._version = FileVersion.of(self._reader.main)
         self._bitmaps = [self._reader.bitmap(block.idstr) for block in self._reader.blocks]
@@ -98,12 +103,20 @@ class MappedRamContents:
         """Bytes in pages with a set bit."""
         return PAGE_SIZE * sum(block.pages_set for block in self._reader.blocks)
 
+    def stored_rows(self) -> Iterator[Row]:
+        """Rows with any bit set, in the order of blocks and rows."""
+        row_bytes = WINDOW_BYTES // PAGE_SIZE // 8
+        for number, packed in enumerate(self._bitmaps):
+            starts = np.arange(0, len(packed), row_bytes)
+            rows = np.flatnonzero(np.bitwise_or.reduceat(packed, starts))
+            yield from ((number, row) for row in rows.tolist())
+
     def fingerprint(self) -> str:
         """See `Contents`: the file's version, and its device state and bitmaps."""
         stream = digest_of(self.device_state().tail, *(packed.data for packed in self._bitmaps))
         return f"{self.kind} {self._version} {self._reader.image.base:x} {stream}"
 
-    def windows(self, rows: Sequence[Row]) -> Iterator[WindowRead]:
+    def windows(self, rows: Sequence[Row]) -> Generator[WindowRead, None, None]:
         """See `Contents`; windows without a set bit cost no reading and come first."""
         windows = [window_of(self.blocks, row) for row in rows]
         shared = self._reader.channel_file(bounce_for=0)
@@ -136,8 +149,10 @@ class MappedRamContents:
         bits = self._bits(window)
         memory = buffer[: window.length_bytes]
         zero_clear_pages(memory, bits)
-        block_index, row = row_of(window)
-        return WindowRead(block_index, row, memory, extents_of(bits))
+        if self._compared:
+            row, found = row_of(window), window_digest(memory)
+            return WindowRead(*row, memory[:0], extents_of(bits), digest=found)
+        return WindowRead(*row_of(window), memory, extents_of(bits), filled=True)
 
     def _bits(self, window: Window) -> NDArray[np.bool_]:
         """The window's bits."""

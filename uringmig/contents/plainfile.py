@@ -191,7 +191,7 @@ class PlainFileContents:
         anywhere = np.lib.stride_tricks.sliding_window_view(staging, PAGE_SIZE)
         memory.reshape(-1, PAGE_SIZE)[present] = anywhere[at]
         block_index, row = row_of(window)
-        return WindowRead(block_index, row, memory, extents_of(present))
+        return WindowRead(block_index, row, memory, extents_of(present), filled=True)
 
     def _places(self, window: Window) -> NDArray[np.int64]:
         """Absolute offset of each of the window's pages, or `ABSENT`."""

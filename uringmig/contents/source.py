@@ -55,7 +55,11 @@ class WindowRead:
         row: of the block.
         memory: uint8, page aligned, as long as the window; may be read-only.
         data: what may be nonzero, in bytes from the window's start; None is all of it. Everything
-            else is zero, and must not be touched: it may be a hole of shared memory.
+            else is zero, and must not be touched unless ``filled``: it may be a hole of shared
+            memory.
+        digest: of the memory, if the channel that read it has made it, while it was in its cache;
+            where contents were opened only to be compared ``memory`` is empty then.
+        filled: the rest of ``memory`` is a buffer's, and holds these zeros: it may be touched.
         exchange: takes a buffer for the one that the memory lies in, which it returns and which is
             then the caller's, so that memory is kept without a copy. It returns None where the
             buffer does not fit; there the memory goes with the next window as ever.
@@ -65,6 +69,8 @@ class WindowRead:
     row: int
     memory: NDArray[np.uint8]
     data: Extents | None
+    filled: bool = False
+    digest: bytes | None = None
     exchange: Callable[[NDArray[np.uint8]], NDArray[np.uint8] | None] | None = None
 
 
@@ -126,9 +132,14 @@ class Contents(Protocol):
         """Let go of files and memory; further calls do nothing."""
 
 
-def all_rows(blocks: Sequence[ContentsBlock]) -> list[Row]:
+def each_row(blocks: Sequence[ContentsBlock]) -> Iterator[Row]:
     """Every row of every block, in their order."""
-    return [(number, row) for number, block in enumerate(blocks) for row in range(block.row_count)]
+    return ((number, row) for number, block in enumerate(blocks) for row in range(block.row_count))
+
+
+def all_rows(blocks: Sequence[ContentsBlock]) -> list[Row]:
+    """As `each_row`, all at once."""
+    return list(each_row(blocks))
 
 
 def row_length(block: ContentsBlock, row: int) -> int:

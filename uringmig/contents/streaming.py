@@ -6,20 +6,17 @@ takes the pieces has either a stream that is what was saved, or one that is cut 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator
 
 import numpy as np
 from numpy.typing import NDArray
 
+from uringmig.contents.comparing import Digests, compare_window
 from uringmig.contents.source import Contents, WindowRead, all_rows
 from uringmig.errors import MismatchError
 from uringmig.format.plainstream import PlainComposer
-from uringmig.image import digest
 from uringmig.options import PAGE_SIZE, WINDOW_BYTES
 from uringmig.pages.zero import nonzero_pages
-
-#: Of every block in order, the digest of every row, as hex; as a manifest has them.
-Digests = Sequence[Sequence[str]]
 
 
 def plain_pieces(
@@ -55,7 +52,14 @@ def plain_pieces(
     yield memoryview(composer.setup())
     for read in contents.windows(all_rows(contents.blocks)):
         if digests is not None:
-            check_window(contents, read, digests[read.block_index][read.row])
+            mismatch = compare_window(
+                read,
+                digests[read.block_index][read.row],
+                block=contents.blocks[read.block_index].idstr,
+                path=contents.path,
+            )
+            if mismatch is not None:
+                raise mismatch
         yield from composer.records(
             read.block_index,
             read.memory,
@@ -66,30 +70,6 @@ def plain_pieces(
     trailer = memoryview(composer.trailer())
     before_end()
     yield trailer
-
-
-def window_digest(read: WindowRead) -> bytes:
-    """Digest of a window's memory; what is no data is not touched."""
-    if read.data is None:
-        return digest.window_digest(read.memory)
-    return digest.sparse_digest(read.memory, read.data.start.tolist(), read.data.length.tolist())
-
-
-def check_window(contents: Contents, read: WindowRead, expected: str) -> None:
-    """Compare a window with its digest, hex.
-
-    Raises:
-        MismatchError: they differ; names block, row and guest bytes.
-    """
-    found = window_digest(read).hex()
-    if found != expected:
-        raise MismatchError(
-            f"{contents.path}: contents differ in chunk {read.row} "
-            f"(guest bytes from {read.row * WINDOW_BYTES:#x})",
-            block=contents.blocks[read.block_index].idstr,
-            expected=expected,
-            found=found,
-        )
 
 
 def present_pages(read: WindowRead) -> NDArray[np.bool_]:

@@ -48,16 +48,16 @@ class WindowFiller(Protocol):
         """Decide what to read into the buffer; may be empty."""
 
     def complete(self, window: Window, buffer: NDArray[np.uint8]) -> WindowRead:
-        """Make the window of what has been read; its memory lies in the buffer."""
+        """Make the window of what has been read; its memory lies in the buffer, or is empty."""
 
 
 @dataclass(slots=True)
 class _Filled:
-    """A window for the consumer, and where its buffer goes afterwards; None ends the reading."""
+    """A window for the consumer, and where its buffer goes afterwards, if it has one."""
 
     read: WindowRead
     buffer: NDArray[np.uint8]
-    home: queue.SimpleQueue[NDArray[np.uint8] | None]
+    home: queue.LifoQueue[NDArray[np.uint8] | None] | None
 
     def exchange(self, buffer: NDArray[np.uint8]) -> NDArray[np.uint8] | None:
         """See `WindowRead`: a buffer fits if it is as long and as well aligned."""
@@ -65,6 +65,11 @@ class _Filled:
             return None
         kept, self.buffer = self.buffer, buffer
         return kept
+
+    def let_go(self) -> None:
+        """Give the buffer back: the consumer has done with the window."""
+        if self.home is not None:
+            self.home.put(self.buffer)
 
 
 class _ReadWork:
@@ -79,7 +84,9 @@ class _ReadWork:
     ) -> None:
         options = shared.options
         self.windows_max = div_ceil(options.depth * options.block_size, WINDOW_BYTES) + 1
-        self.free: queue.SimpleQueue[NDArray[np.uint8] | None] = queue.SimpleQueue()
+        # The buffer given back last is taken first: it is the one still in the cache, and of those
+        # that are never needed no page is ever touched.
+        self.free: queue.LifoQueue[NDArray[np.uint8] | None] = queue.LifoQueue()
         for _ in range(self.windows_max + _SPARE_BUFFERS):
             self.free.put(aligned_buffer(filler.buffer_bytes))
         self._filler = filler
@@ -101,8 +108,14 @@ class _ReadWork:
     def finished(self, window: Window) -> None:
         """Hand the window over."""
         buffer = self._used.pop(window, None)
-        if buffer is not None:
-            self._ready.put(_Filled(self._filler.complete(window, buffer), buffer, self.free))
+        if buffer is None:
+            return
+        read = self._filler.complete(window, buffer)
+        if len(read.memory):
+            self._ready.put(_Filled(read, buffer, self.free))
+        else:
+            self.free.put(buffer)
+            self._ready.put(_Filled(read, read.memory, None))
 
 
 def read_windows(
@@ -116,7 +129,7 @@ def read_windows(
     with closing(_fill(shared, filler, windows)) as filled:
         for item in filled:
             yield replace(item.read, exchange=item.exchange)
-            item.home.put(item.buffer)
+            item.let_go()
 
 
 def read_in_order(
@@ -136,7 +149,7 @@ def read_in_order(
             early[item.read.block_index, item.read.row] = item
             while awaited is not None and (found := early.pop(row_of(awaited), None)) is not None:
                 yield found.read
-                found.home.put(found.buffer)
+                found.let_go()
                 awaited = next(order, None)
 
 

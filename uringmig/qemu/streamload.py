@@ -20,8 +20,9 @@ from typing import Final
 import numpy as np
 
 from uringmig import signals
+from uringmig.contents.comparing import Digests
 from uringmig.contents.source import Contents
-from uringmig.contents.streaming import Digests, plain_pieces
+from uringmig.contents.streaming import plain_pieces
 from uringmig.errors import PeerError
 from uringmig.memory.mapping import FileMemory
 from uringmig.options import PAGE_SIZE
