@@ -16,6 +16,7 @@ from realguest import StartMachine, shared_path
 from uringmig.errors import PeerError
 from uringmig.qemu.backing import open_backing
 from uringmig.qemu.monitor import CommandError, Monitor, RamBackend
+from uringmig.qemu.sharedram import mapped_memories
 from uringmig.testing.machine import Machine
 from uringmig.units import MiB
 
@@ -239,9 +240,25 @@ class TestBackingFile:
     def test_the_right_file(self, start_machine: StartMachine) -> None:
         ram = shared_path()
         machine = start_machine(shared=ram, paused=True)
-        fd = open_backing(machine.monitor, self.only_backend(machine))
-        assert os.fstat(fd).st_ino == ram.stat().st_ino
-        os.close(fd)
+        backing = open_backing(machine.monitor, self.only_backend(machine))
+        assert os.fstat(backing.fd).st_ino == ram.stat().st_ino
+        assert backing.note is None
+        os.close(backing.fd)
+
+    def test_what_cannot_be_proved_is_said(
+        self, start_machine: StartMachine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Of another user's QEMU the mappings may be hidden (here: of a process that is none)."""
+        machine = start_machine(shared=shared_path(), paused=True)
+        backend = self.only_backend(machine)
+        monkeypatch.setattr(machine.monitor, "peer_pid", 1 << 22)
+        backing = open_backing(machine.monitor, backend)
+        os.close(backing.fd)
+        assert backing.note is not None
+        assert "not proved" in backing.note
+        notes: list[str] = []
+        with mapped_memories(machine.monitor, notes):
+            assert notes == [backing.note]
 
     def test_removed(self, start_machine: StartMachine) -> None:
         ram = shared_path()

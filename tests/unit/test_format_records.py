@@ -113,7 +113,7 @@ def test_struct_sizes(layout: struct.Struct, size: int) -> None:
 
 
 BAD_RECORDS: list[tuple[str, Callable[..., object], bytes, int, object, object]] = [
-    ("magic", StreamHeader.unpack, b"QEVN" + be32(3), 0, 0x5145564D, 0x5145564E),
+    ("magic", StreamHeader.unpack, b"QEVN" + be32(3), 0, "QEVM", "'QEVN'"),
     ("version", StreamHeader.unpack, b"QEVM" + be32(2), 4, 3, 2),
     ("type", Configuration.unpack, b"\x01" + NAME[1:], 0, 7, 1),
     ("name length", Configuration.unpack, b"\x07" + be32(256) + b"a" * 256, 1, "at most 255", 256),

@@ -77,7 +77,7 @@ def fault(
 
 CONFIGURATION = imagewriter.configuration
 FRAME = [
-    fault("magic", 0, 0x5145564D, 0x5145564E, magic=0x5145564E),
+    fault("magic", 0, "QEVM", "'QEVN'", magic=0x5145564E),
     fault("version 2", 4, 3, 2, version=2),
     fault("version 4", 4, 3, 4, version=4),
     fault("no configuration", 8, 7, 1, config=b""),

@@ -15,6 +15,7 @@ import msgspec
 
 from uringmig.errors import StateError
 from uringmig.options import COLD_LEVEL, COLD_LEVEL_MAX, DirectMode, EngineName, WriteOptions
+from uringmig.qemu.address import socket_path
 from uringmig.units import MiB, parse_duration, parse_size
 
 Tier = Literal["hot", "cold"]
@@ -313,7 +314,10 @@ class _Parser:
         given = [name for name in table.__struct_fields__ if getattr(table, name) is not None]
         match given:
             case ["qmp"]:
-                return QmpSource(self._absolute(table.qmp))
+                try:
+                    return QmpSource(self._absolute(socket_path(table.qmp or "")))
+                except StateError as error:
+                    raise StateError(f"{self._path}: {place}.qmp: {error}") from None
             case ["image"] | ["image", "offset"]:
                 offset = self._size(table.offset or 0, f"{place}.offset")
                 return ImageSource(self._absolute(table.image), offset)

@@ -51,6 +51,10 @@ class Cursor:
             raise StarvedError
         return bytes(self._data[self.position : end])
 
+    def ahead(self, byte_count: int) -> bytes:
+        """Return the next bytes without moving, or as many of them as are there."""
+        return bytes(self._data[self.position : self.position + byte_count])
+
     def take(self, byte_count: int) -> bytes:
         """Return the next bytes and move past them.
 

@@ -13,6 +13,7 @@ from typing import ClassVar, Final, Self, TypeVar
 
 from uringmig.errors import FormatError, StateError
 from uringmig.format import constants as c
+from uringmig.format import foreign
 from uringmig.format.cursor import BE32, Cursor, StarvedError, printable
 from uringmig.options import PAGE_SIZE
 from uringmig.units import is_aligned
@@ -48,8 +49,15 @@ class StreamHeader:
         """
         at = cursor.offset
         # The magic is judged alone, so that four bytes are enough to refuse a foreign file.
-        magic = cursor.be32()
-        equal("stream magic: not a migration stream", c.QEMU_VM_FILE_MAGIC, magic, at=at)
+        head = cursor.ahead(foreign.HEAD_BYTES)
+        if cursor.take(4) != c.QEMU_VM_FILE_MAGIC.to_bytes(4, "big"):
+            kind = foreign.kind_of(head)
+            raise FormatError(
+                "not a migration stream" + ("" if kind is None else f" but {kind}"),
+                offset=at,
+                expected="QEVM",
+                found=repr(head[:4])[1:],
+            )
         equal("stream version", c.QEMU_VM_FILE_VERSION, cursor.be32(), at=at + 4)
         return cls()
 

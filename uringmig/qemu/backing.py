@@ -35,7 +35,20 @@ class _Mapping:
     name: str
 
 
-def open_backing(monitor: Monitor, backend: RamBackend, *, private_too: bool = False) -> int:
+@dataclass(frozen=True, slots=True)
+class Backing:
+    """An opened file that is a backend's memory.
+
+    Attributes:
+        fd: the caller's to close; the memory is ``backend.size`` bytes at ``backend.offset`` of it.
+        note: why it is not proved that QEMU has mapped this very file, or None: it is.
+    """
+
+    fd: int
+    note: str | None
+
+
+def open_backing(monitor: Monitor, backend: RamBackend, *, private_too: bool = False) -> Backing:
     """Open the file that is the backend's memory and prove that QEMU has mapped this very file.
 
     Args:
@@ -43,10 +56,6 @@ def open_backing(monitor: Monitor, backend: RamBackend, *, private_too: bool = F
         backend: one of its `Monitor.ram_backends`.
         private_too: take a private mapping (``share=off``) too: the file then has what the memory
             was before anything was written to it.
-
-    Returns:
-        A file descriptor, the caller's to close. The memory is ``backend.size`` bytes at
-        ``backend.offset`` of it.
 
     Raises:
         PeerError: the backend has no named file, is not shared, or its file is a folder, gone,
@@ -67,11 +76,10 @@ def open_backing(monitor: Monitor, backend: RamBackend, *, private_too: bool = F
     except OSError as error:
         raise PeerError(f"{what}: its file {path} cannot be opened: {error.strerror}") from None
     try:
-        _check_file(monitor, backend, fd, path)
+        return Backing(fd, _check_file(monitor, backend, fd, path))
     except BaseException:
         os.close(fd)
         raise
-    return fd
 
 
 def _seen_from_here(path: Path, pid: int) -> Path:
@@ -79,8 +87,8 @@ def _seen_from_here(path: Path, pid: int) -> Path:
     return path if path.is_absolute() else Path(f"/proc/{pid}/cwd") / path
 
 
-def _check_file(monitor: Monitor, backend: RamBackend, fd: int, path: Path) -> None:
-    """Compare the opened file with the backend and with what QEMU has mapped."""
+def _check_file(monitor: Monitor, backend: RamBackend, fd: int, path: Path) -> str | None:
+    """Compare the opened file with the backend and with what QEMU has mapped; see `Backing`."""
     what = f"memory backend {backend.id!r}"
     status = os.fstat(fd)
     if stat.S_ISDIR(status.st_mode):
@@ -94,10 +102,14 @@ def _check_file(monitor: Monitor, backend: RamBackend, fd: int, path: Path) -> N
         )
     mappings = _file_mappings(monitor.peer_pid)
     if mappings is None:
-        return
+        return (
+            f"{what}: what QEMU (process {monitor.peer_pid}) has mapped cannot be seen from here, "
+            f"so it is not proved that {path} is its memory"
+        )
     block = next((block for block in monitor.ram_blocks() if block.idstr == backend.idstr), None)
     if not any(_is_this(mapping, status, path) for mapping in _relevant(mappings, block)):
         raise PeerError(f"{what}: {path} is not the file QEMU has mapped; it has been replaced")
+    return None
 
 
 def _relevant(mappings: list[_Mapping], block: HostBlock | None) -> list[_Mapping]:

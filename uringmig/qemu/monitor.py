@@ -20,15 +20,20 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
-from qemu.qmp import ConnectError, ExecuteError, QMPClient, QMPError
+from qemu.qmp import ConnectError, ExecuteError, Message, QMPClient, QMPError
+from qemu.qmp.error import ProtocolError
 
 from uringmig import signals
 from uringmig.errors import BusyError, PeerError
+from uringmig.qemu.address import socket_path
+from uringmig.units import MiB
 
 #: A QEMU greets at once; one that does not within this time is stopped or talks to another client.
 GREETING_TIMEOUT_S: Final = 10.0
 #: QMP commands used here answer at once unless QEMU's main loop is blocked, as by a slow disk.
 COMMAND_TIMEOUT_S: Final = 60.0
+#: No answer of QEMU's is longer; what is has no end.
+_MESSAGE_BYTES_MAX: Final = 64 * MiB
 #: Between two looks at a migration: short beside the shortest save, long beside a QMP round trip.
 POLL_S: Final = 0.02
 
@@ -105,13 +110,28 @@ class RamBackend:
     idstr: str | None
 
 
+class _Client(QMPClient):
+    """A client that also understands a monitor with ``pretty=on``, whose messages have lines."""
+
+    async def _do_recv(self) -> Message:
+        text = await self._readline()
+        if text.startswith(b"QEMU ") and b" monitor - " in text:
+            raise ProtocolError("it is QEMU's human monitor; QMP has mode=control")
+        if text.strip() == b"{":
+            while not text.endswith((b"\n}\r\n", b"\n}\n")):
+                if len(text) > _MESSAGE_BYTES_MAX:
+                    raise ProtocolError("a message that does not end")
+                text += await self._readline()
+        return Message(text, eager=True)
+
+
 class Monitor:
     """A connection to one QEMU's QMP socket; a context manager that closes it.
 
     Not for use inside a running asyncio event loop.
 
     Args:
-        path: the QMP unix socket.
+        path: the QMP unix socket, or QEMU's ``unix:PATH``.
         greeting_timeout_s: how long to wait for the greeting, in seconds.
         command_timeout_s: how long to wait for the answer to one command, in seconds.
 
@@ -122,6 +142,7 @@ class Monitor:
         qemu_version: (major, minor, micro), from the greeting.
 
     Raises:
+        StateError: a socket of a kind that is not supported.
         PeerError: no socket, nobody listens, not QMP, or no greeting in time.
     """
 
@@ -132,9 +153,9 @@ class Monitor:
         greeting_timeout_s: float = GREETING_TIMEOUT_S,
         command_timeout_s: float = COMMAND_TIMEOUT_S,
     ) -> None:
-        self.path = os.fspath(path)
+        self.path = socket_path(os.fspath(path))
         self._command_timeout_s = command_timeout_s
-        self._client = QMPClient("uringmig")
+        self._client = _Client("uringmig")
         connection = _connect(self.path, timeout_s=greeting_timeout_s)
         self.peer_pid = _peer_pid(connection)
         self._runner = asyncio.Runner()
@@ -153,7 +174,7 @@ class Monitor:
         except TimeoutError:
             raise BusyError(
                 f"{self.path}: no QMP greeting within {timeout_s:g} s; "
-                "another client is connected to it, or QEMU does not respond"
+                "another client is connected to it, QEMU does not respond, or it is no QMP socket"
             ) from None
         except ConnectError as error:
             if isinstance(error.exc, EOFError | ConnectionError):

@@ -242,14 +242,15 @@ def _check_fresh(monitor: Monitor, bitmaps: Mapping[str, NDArray[np.uint8]]) -> 
         if backend.path is None or packed is None:
             continue
         try:
-            fd = open_backing(monitor, backend, private_too=True)
+            backing = open_backing(monitor, backend, private_too=True)
         except PeerError as error:
             notes.append(f"{error}; not checked for old bytes")
             continue
+        notes += [] if backing.note is None else [backing.note]
         try:
-            memory = FileMemory(fd, offset=backend.offset, length=backend.size)
+            memory = FileMemory(backing.fd, offset=backend.offset, length=backend.size)
         finally:
-            os.close(fd)
+            os.close(backing.fd)
         with closing(memory):
             _check_stale(backend, memory, packed)
     return notes

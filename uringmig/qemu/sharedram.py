@@ -106,15 +106,17 @@ def save_shared(
     image: SaveResult | None = None
     stream: DeviceStream | None = None
     notes: list[str] = []
+    unproved: list[str] = []
     let_go = time.monotonic()
     handed_over = False
     try:
         with (
-            mapped_memories(monitor) as memories,
+            mapped_memories(monitor, unproved) as memories,
             monitor.saved_settings(),
             _migrating(monitor) as connection,
         ):
             image, stream = _save(monitor, connection, out, memories, options, progress)
+            image = replace(image, notes=(*image.notes, *unproved))
             notes += _let_go(monitor, connection, keep=then is None)
             let_go = time.monotonic()
             handed_over = not notes
@@ -185,14 +187,16 @@ def hold_guest(monitor: Monitor) -> Iterator[HeldGuest]:
         FormatError: QEMU's stream breaks a rule.
     """
     before = _state_to_save(monitor)
+    unproved: list[str] = []
     with (
-        mapped_memories(monitor) as memories,
+        mapped_memories(monitor, unproved) as memories,
         monitor.saved_settings(),
         _migrating(monitor) as connection,
     ):
         sizes = {idstr: memory.length_bytes for idstr, memory in memories.items()}
         stream = receive(connection, sizes, on_setup=lambda stream: _check_listed(stream, memories))
         held = HeldGuest(HeldContents(monitor, stream, memories))
+        held.contents.notes += tuple(unproved)
         yield held
         held.notes = tuple(_let_go(monitor, connection, keep=True))
         let_go = time.monotonic()
@@ -212,8 +216,14 @@ def _state_to_save(monitor: Monitor) -> str:
 
 
 @contextlib.contextmanager
-def mapped_memories(monitor: Monitor) -> Iterator[dict[str, MemorySource]]:
+def mapped_memories(
+    monitor: Monitor, notes: list[str] | None = None
+) -> Iterator[dict[str, MemorySource]]:
     """Map every memory backend in use, by idstr.
+
+    Args:
+        monitor: of the VM.
+        notes: what the operator should know of them is added here.
 
     Raises:
         PeerError: the VM has a backend that is not a shared file.
@@ -224,13 +234,15 @@ def mapped_memories(monitor: Monitor) -> Iterator[dict[str, MemorySource]]:
             if backend.idstr is None:
                 continue
             try:
-                fd = open_backing(monitor, backend)
+                backing = open_backing(monitor, backend)
             except PeerError as error:
                 raise PeerError(
                     f"{error}; a VM is saved with memory-backend-file,share=on as its RAM"
                 ) from None
-            stack.callback(os.close, fd)
-            memory = FileMemory(fd, offset=backend.offset, length=backend.size)
+            stack.callback(os.close, backing.fd)
+            if notes is not None and backing.note is not None:
+                notes.append(backing.note)
+            memory = FileMemory(backing.fd, offset=backend.offset, length=backend.size)
             stack.callback(memory.close)
             memories[backend.idstr] = memory
         yield memories

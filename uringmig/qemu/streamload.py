@@ -201,12 +201,14 @@ def _fresh_blocks(monitor: Monitor) -> set[str]:
         if backend.path is None or backend.idstr is None:
             continue
         try:
-            fd = open_backing(monitor, backend, private_too=True)
+            backing = open_backing(monitor, backend, private_too=True)
         except PeerError:
             continue  # not known to be fresh: its zeros are sent
         with contextlib.ExitStack() as undo:
-            undo.callback(os.close, fd)
-            memory = FileMemory(fd, offset=backend.offset, length=backend.size)
+            undo.callback(os.close, backing.fd)
+            if backing.note is not None:
+                continue  # perhaps another file's zeros
+            memory = FileMemory(backing.fd, offset=backend.offset, length=backend.size)
             undo.callback(memory.close)
             pages = div_ceil(backend.size, PAGE_SIZE)
             count, _ = stale_pages(memory, np.zeros(div_ceil(pages, 8), np.uint8))
