@@ -11,8 +11,8 @@ from typing import Any
 from smallguests import MIB, OPTIONS, PWRITE, Memories, make_guest, ramblocks_of
 
 from uringmig import MappedRamReader, MappedRamWriter
-from uringmig.archive.catalogue import Damage
 from uringmig.archive.cold import open_cold, write_cold
+from uringmig.archive.damagenotes import Damage
 from uringmig.archive.directory import Archive
 from uringmig.archive.entry import Entry
 from uringmig.archive.tier import EntryLabel
@@ -70,7 +70,7 @@ def add_entry(
 
 def put_damage(archive: Archive, name: str, *damaged: Damage) -> None:
     """Let places of an entry be known to be damaged, as a verification does."""
-    archive.catalogue.note_checked(name, cursor=0, verified_at=None, good=(), damaged=damaged)
+    archive.note_checked(archive.find(name), cursor=0, verified_at=None, damaged=damaged)
 
 
 def add_cold_entry(

@@ -66,8 +66,8 @@ IMPURE_IMPORTS: Final = frozenset(
 #: Who may import whom: a module may import what its part reaches through these edges, and its own
 #: part. A part is the longest prefix of the module's name (without the package) that stands here.
 ARROWS: Final[dict[str, tuple[str, ...]]] = {
-    "cli": ("bench", "batch", "verify", "qemu", "wire", "signals"),
-    "batch": ("profile", "archive", "verify", "qemu", "wire", "signals"),
+    "cli": ("bench", "batch", "verify", "qemu", "wire", "signals", "starting"),
+    "batch": ("profile", "archive", "verify", "qemu", "wire", "signals", "starting"),
     "archive": (
         "contents",
         "verify",
@@ -80,6 +80,8 @@ ARROWS: Final[dict[str, tuple[str, ...]]] = {
     "archive.coldformat": ("format", "pages", "image.digest"),
     "archive.copyjournal": ("format", "image.digest"),
     "signals": (),
+    "starting": ("stdio",),
+    "stdio": ("errors",),
     "bench": ("writer", "profile"),
     "profile": ("storage",),
     "verify": ("contents",),

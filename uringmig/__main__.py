@@ -1,9 +1,15 @@
 """``python -m uringmig`` is the command line, and so is the program `uringmig`."""
 
+from __future__ import annotations
+
 import signal
+from collections.abc import Callable
+from typing import NoReturn
+
+from uringmig.starting import begin
 
 
-def main() -> None:
+def main() -> NoReturn:
     """Run the command line of this process, and exit.
 
     Until it has handlers of its own, which takes as long as loading it does, Ctrl-C ends the
@@ -11,9 +17,14 @@ def main() -> None:
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    from uringmig import cli
+    begin(_load)
 
-    cli.main()
+
+def _load() -> Callable[[], NoReturn]:
+    """Import the command line, which imports everything."""
+    from uringmig.cli import main
+
+    return main
 
 
 if __name__ == "__main__":

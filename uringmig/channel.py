@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, Self
 
-from uringmig.errors import FormatError, HostError, StorageError
+from uringmig.errors import FormatError, LimitError, StorageError
 from uringmig.iobatch import IoPlan
 from uringmig.options import TransferOptions
 from uringmig.plan import Window
@@ -321,7 +321,7 @@ class Round:
         Raises:
             StopIteration: all have drained, and none has failed.
             UringmigError: all have drained; this is the first failure of any.
-            HostError: this machine gives no thread for one of them.
+            LimitError: this machine gives no thread for one of them.
         """
         try:
             if not self._started:
@@ -399,12 +399,12 @@ def _start(thread: threading.Thread) -> None:
     """Start a channel.
 
     Raises:
-        HostError: no more threads may be had here, as in a container with a limit on tasks.
+        LimitError: no more threads may be had here, as in a container with a limit on tasks.
     """
     try:
         thread.start()
     except RuntimeError as error:
-        raise HostError(f"{thread.name}: {error}; fewer channels need fewer threads") from None
+        raise LimitError(f"{thread.name}: {error}; fewer channels need fewer threads") from None
 
 
 def needs_bounce(file: DirectFile, address: int) -> bool:

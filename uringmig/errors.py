@@ -9,6 +9,7 @@
     |   +-- BusyError        it is there but taken, or not there yet
     +-- StorageError     5   the kernel or the disk: ENOSPC, EIO, no O_DIRECT where required
     +-- HostError        6   this machine cannot: no io_uring and nothing allowed to replace it
+        +-- LimitError       it does not now: no memory, thread, process or descriptor is left
 
 The error knows its exit code; the command line catches the base class in one place. A traceback
 therefore means a bug of ours.
@@ -24,6 +25,21 @@ from typing import ClassVar, Final
 _PASSING: Final = frozenset(
     {errno_names.EAGAIN, errno_names.EBUSY, errno_names.EINTR, errno_names.ENOMEM}
 )
+#: What a limit of this process or of its host makes the kernel say, wherever it is said.
+_LIMITS: Final = {
+    errno_names.EMFILE: "raise its limit of open files (ulimit -n, LimitNOFILE=)",
+    errno_names.ENFILE: "the host has too many open files (fs.file-max)",
+    errno_names.EAGAIN: "raise its limit of processes (ulimit -u, TasksMax=)",
+    errno_names.ENOMEM: "give it more memory (ulimit -v, MemoryMax=)",
+}
+#: What a disk makes it say.
+_STORAGE: Final = frozenset(
+    {
+        errno_names.ENOSPC, errno_names.EDQUOT, errno_names.EFBIG, errno_names.EIO,
+        errno_names.EROFS, errno_names.ESTALE,
+    }
+)  # fmt: skip
+_NO_MEMORY_TO_LOAD: Final = ("failed to map segment", "annot allocate memory")
 
 
 class UringmigError(Exception):
@@ -133,6 +149,11 @@ class StorageError(UringmigError):
         super().__init__(f"{where}{what}{at}{why}" + ("" if cure is None else f"; {cure}"))
 
     @property
+    def is_absent(self) -> bool:
+        """Whether it failed because there is no such file."""
+        return self.errno == errno_names.ENOENT
+
+    @property
     def may_pass(self) -> bool:
         """A lock is given back, the kernel finds memory; a full or failing disk stays so."""
         return self.errno in _PASSING
@@ -142,3 +163,35 @@ class HostError(UringmigError):
     """This machine lacks something that was required; the message names the cause and the cure."""
 
     exit_code = 6
+
+
+class LimitError(HostError):
+    """This process is not given the memory, thread, process or descriptor that it needs."""
+
+    @property
+    def may_pass(self) -> bool:
+        """Somebody else gives some back."""
+        return True
+
+
+def explained(error: BaseException) -> UringmigError | None:
+    """What an error means that may come from anywhere; None if it is none of those.
+
+    A process that has no more memory, threads, processes or descriptors, or whose disk is full or
+    failing, may learn it at any step: that is no bug, and deserves one line.
+    """
+    if isinstance(error, MemoryError):
+        return LimitError(f"out of memory; {_LIMITS[errno_names.ENOMEM]}")
+    if isinstance(error, RuntimeError) and "start new thread" in str(error):
+        return LimitError(f"no more threads for this process; {_LIMITS[errno_names.EAGAIN]}")
+    if isinstance(error, ImportError):
+        if any(words in str(error) for words in _NO_MEMORY_TO_LOAD):
+            return LimitError(f"out of memory; {_LIMITS[errno_names.ENOMEM]}")
+        return None
+    if not isinstance(error, OSError) or error.errno is None:
+        return None
+    if error.errno in _LIMITS:
+        return LimitError(f"{os.strerror(error.errno)}; {_LIMITS[error.errno]}")
+    if error.errno in _STORAGE:
+        return StorageError("the kernel refused", errno=error.errno, path=error.filename)
+    return None

@@ -16,6 +16,7 @@ from smallguests import MIB
 
 from uringmig.archive import checking
 from uringmig.archive.checking import ArchiveCheck, verify_archive
+from uringmig.archive.damagenotes import STREAM_CHUNK
 from uringmig.archive.directory import Archive
 from uringmig.archive.entry import Entry
 from uringmig.errors import StateError
@@ -93,7 +94,7 @@ def test_damage_outside_the_memory_is_found(archive: Archive, add: Add) -> None:
     flip(entry.image, entry.file_bytes - 1)
     report = verify_archive(archive)
     [damage] = report.entries[0].damage
-    assert damage.chunk == checking.STREAM_CHUNK
+    assert damage.chunk == STREAM_CHUNK
     assert archive.find("one").condition == "damaged"
     flip(entry.image, entry.file_bytes - 1)
     assert verify_archive(archive).damaged == 0
@@ -120,7 +121,7 @@ def test_manifest_that_rotted_is_damage(archive: Archive) -> None:
     Path(entry.manifest).write_text(changed)
     [check] = verify_archive(archive).entries
     # One window differs from its digest, and the digests from that of the whole guest.
-    assert sorted(damage.chunk for damage in check.damage) == [checking.STREAM_CHUNK, 0]
+    assert sorted(damage.chunk for damage in check.damage) == [STREAM_CHUNK, 0]
 
 
 class BadSectors:
@@ -193,7 +194,7 @@ def test_archive_that_cannot_be_written_is_verified_all_the_same(tmp_path: Path)
             report = verify_archive(reader)
             assert [damage.chunk for damage in report.entries[0].damage] == [1]
             [note] = report.notes
-            assert "cannot be kept" in note
+            assert "cannot all be kept" in note
             assert reader.find("one").condition == "unchecked"
             assert reader.damage("one") == []
 

@@ -9,7 +9,7 @@ from archiveentries import add_entry, put_damage
 from commandline import uringmig
 from smallguests import left_in
 
-from uringmig.archive.catalogue import Damage
+from uringmig.archive.damagenotes import Damage
 from uringmig.archive.directory import Archive
 
 
@@ -104,26 +104,42 @@ def test_second_writer_is_refused_in_one_line(folder: Path) -> None:
         assert uringmig("archive", "prune", folder, "--keep-last", 1).code == 0, "dry: a reader"
 
 
-def test_damaged_catalogue_is_told_and_reindexed(folder: Path) -> None:
+def test_damaged_catalogue_stops_nobody_and_is_told(folder: Path) -> None:
+    """It is only an index: readers do without it, a writer makes a new one, in one line each."""
     (folder / "catalogue.sqlite").write_bytes(b"rot" * 10_000)
-    for command in (["list"], ["show", "db1"], ["prune", "--keep-last", 1, "--delete"]):
+    for command, code in (
+        (["list"], 0), (["show", "db1"], 0), (["prune", "--keep-last", 1], 0), (["verify"], 1),
+        (["restore", "db1", folder.parent / "out.mig"], 0),
+    ):  # fmt: skip
         name, *rest = command
         done = uringmig("archive", name, folder, *rest)
-        assert done.code == 3
-        assert "`uringmig archive reindex` makes a new one from the manifests" in done.err
-        assert done.err.count("\n") == 1
+        assert done.code == code
+        for line in done.err.splitlines():
+            assert "uringmig archive reindex`" in line
+        assert done.err
+    done = uringmig("archive", "prune", folder, "--keep-last", 9, "--delete")
+    assert done.code == 1
+    assert "uringmig archive reindex`" in done.err
+    assert done.err.count("\n") == 1
+    (folder / "catalogue.sqlite").write_bytes(b"rot" * 10_000)
     done = uringmig("archive", "reindex", folder)
     assert (done.code, done.err) == (0, "")
-    assert "4 entries in the catalogue, 0 files that are none" in done.out
+    assert "4 entries in the catalogue, 0 problems" in done.out
     assert uringmig("archive", "list", folder, "--names").out == "web1-1\nweb1-2\ndb1\nweb1-3\n"
 
 
 def test_what_is_no_entry_is_a_warning_of_reindex(folder: Path) -> None:
-    (folder / "db1.mig.manifest.json").write_text("{}")
+    (folder / "db1.mig").rename(folder / "db2.mig")
+    (folder / "web1-1.mig.manifest.json").write_text("{}")
+    (folder / "catalogue.sqlite").unlink()
     done = uringmig("archive", "reindex", folder, "--json")
     assert done.code == 1
-    [warning] = done.result()["warnings"]
-    assert warning.startswith(f"{folder}/db1.mig.manifest.json: no manifest of an archive's entry")
+    assert done.result()["warnings"] == [
+        f"{folder}/db2.mig: an image without a manifest",
+        f"{folder}/web1-1.mig.manifest.json: no manifest of an archive's entry: Object missing "
+        "required field `created`",
+        "db1: its image is missing",
+    ]
     assert done.result()["entries"] == 3
 
 

@@ -19,7 +19,7 @@ import pytest
 from archiveentries import add_entry, publish_hot_image, put_damage
 from smallguests import left_in, make_guest
 
-from uringmig.archive.catalogue import Damage
+from uringmig.archive.damagenotes import Damage
 from uringmig.archive.directory import Archive, reindex
 from uringmig.archive.entry import check_name, read_entry
 from uringmig.errors import FormatError, MismatchError, StateError, StorageError
@@ -176,27 +176,30 @@ def test_reindex_keeps_what_verification_knows_of_the_same_file(archive: Archive
     for name in ("good", "bad", "new"):
         add_entry(archive, name)
     at = "2026-01-03T00:00:00+00:00"
-    archive.catalogue.note_checked("good", cursor=0, verified_at=at, good=[], damaged=[])
-    archive.catalogue.note_checked(
-        "bad", cursor=2, verified_at=None, good=[], damaged=[Damage(1, "chunk 1", at)]
-    )
+    archive.note_checked(archive.find("good"), cursor=0, verified_at=at)
+    bad = [Damage(1, "chunk 1", at)]
+    archive.note_checked(archive.find("bad"), cursor=2, verified_at=None, damaged=bad)
     original = archive.entries()
     archive.close()
     assert reindex(archive.path).kept_verification == 2
     with Archive.open(archive.path, write=False) as reader:
         assert reader.entries() == original
-        assert reader.catalogue.damage("bad") == [Damage(1, "chunk 1", at)]
-    # Another file under the same name is another entry.
+        assert reader.damage("bad") == bad
+    # Another file with the same bytes is the same entry; other bytes are another one.
     sidecar = archive.path / "good.mig.manifest.json"
     shutil.copy(sidecar, archive.path / "copy")
     (archive.path / "copy").rename(sidecar)
-    assert reindex(archive.path).kept_verification == 1
+    assert reindex(archive.path).kept_verification == 2
+    sidecar.write_bytes(sidecar.read_bytes() + b" ")
+    reindex(archive.path)
+    with Archive.open(archive.path, write=False) as reader:
+        assert reader.find("good").condition == "damaged"
 
 
 def test_reindex_believes_the_manifests_and_changes_a_whole_catalogue_in_place(
     archive: Archive,
 ) -> None:
-    """What rotted in a value is put right; a reader in the middle of a look goes on with it."""
+    """What rotted in a value is put right; a reader that has it open looks at the same file."""
     entry = add_entry(archive, "one")
     archive.close()
     catalogue = archive.path / "catalogue.sqlite"
@@ -206,9 +209,8 @@ def test_reindex_believes_the_manifests_and_changes_a_whole_catalogue_in_place(
     with closing(sqlite3.connect(catalogue, isolation_level=None)) as reader:
         reader.execute("BEGIN")
         assert reader.execute("SELECT vm FROM entries").fetchall() == [("rotted",)]
-        assert reindex(archive.path).entries == 1
-        assert reader.execute("SELECT vm FROM entries").fetchall() == [("rotted",)]
         reader.execute("COMMIT")
+        assert reindex(archive.path).entries == 1
         assert reader.execute("SELECT vm FROM entries").fetchall() == [("web1",)]
     assert catalogue.stat().st_ino == inode
     with Archive.open(archive.path, write=False) as again:
@@ -227,17 +229,30 @@ def test_image_that_is_not_in_the_catalogue_yet_is_added(archive: Archive) -> No
         assert again.entries() == [read_entry(image)]
 
 
-def test_entry_whose_files_are_gone_is_forgotten(archive: Archive) -> None:
+def test_entry_whose_files_are_gone_is_missing_whatever_is_lost_with_them(archive: Archive) -> None:
+    """No known entry leaves an archive by itself, not with its catalogue either."""
     for name in ("a", "b", "c"):
         add_entry(archive, name)
     (archive.path / "a.mig").unlink()
     (archive.path / "b.mig").unlink()
     (archive.path / "b.mig.manifest.json").unlink()
-    assert [entry.name for entry in archive.entries()] == ["c"]
+    expected = {"a": "missing", "b": "missing", "c": "unchecked"}
+    assert {entry.name: entry.condition for entry in archive.entries()} == expected
     archive.close()
+    Archive.open(archive.path, write=True).close()
+    (archive.path / "catalogue.sqlite").unlink()
+    for write in (False, True, False):
+        with Archive.open(archive.path, write=write) as again:
+            assert {entry.name: entry.condition for entry in again.entries()} == expected
+    reindex(archive.path)
     with Archive.open(archive.path, write=True) as again:
-        assert sorted(again.healed.forgotten) == ["a", "b"]
-        assert again.notes == [f"{again.path}/a.mig.manifest.json: a manifest without an image"]
+        with pytest.raises(StateError, match="--forget b"):
+            again.place("b", "hot")
+        again.remove("a", "b")
+        assert [entry.name for entry in again.entries()] == ["c"]
+    assert left_in(archive.path) == [
+        ".lock", "c.mig", "c.mig.manifest.json", "catalogue.sqlite"
+    ]  # fmt: skip
 
 
 def test_publication_that_lacks_only_its_last_rename_is_finished(archive: Archive) -> None:
@@ -246,7 +261,7 @@ def test_publication_that_lacks_only_its_last_rename_is_finished(archive: Archiv
     sidecar = Path(entry.manifest)
     sidecar.rename(f"{sidecar}.partial")
     with Archive.open(archive.path, write=True) as again:
-        assert again.healed.published == ["one.mig"]
+        assert again.healed.published == ["one"]
         assert [found.name for found in again.entries()] == ["one"]
         assert again.notes == []
 
@@ -258,8 +273,8 @@ def test_image_with_anothers_manifest_is_not_published(archive: Archive) -> None
     sidecar.rename(f"{sidecar}.partial")
     os.truncate(entry.image, 100 * 4096)
     with Archive.open(archive.path, write=True) as again:
-        assert again.entries() == []
-        assert "an image without a manifest" in again.notes[0]
+        assert [entry.condition for entry in again.entries()] == ["missing"]
+        assert "length is not its manifest's" in again.notes[0]
     assert (archive.path / "one.mig").exists(), "nothing that might be somebody's is removed"
 
 
@@ -389,7 +404,9 @@ def test_reindex_killed_at_every_step(tmp_path: Path, damaged: bool) -> None:
             assert names == ["a", "b"]
         outcomes.append(names)
         assert reindex(folder).entries == 2
-        assert set(left_in(folder)) == files | {".lock", "catalogue.sqlite"}
+        aside = {name for name in left_in(folder) if name.startswith("catalogue.sqlite.damaged-")}
+        assert len(aside) == damaged
+        assert set(left_in(folder)) - aside == files | {".lock", "catalogue.sqlite"}
     assert outcomes == sorted(outcomes)
     assert outcomes[-1] == ["a", "b"]
 
@@ -455,14 +472,24 @@ def test_manifest_of_something_else_is_a_problem_of_its_own(
     good = add_entry(archive, "good")
     bad = add_entry(archive, "one")
     archive.close()
+    shutil.copytree(archive.path, archive.path.parent / "known")
+    # Where the catalogue knows the entry, it is damaged; where nothing does, it is none.
+    change(archive.path.parent / "known" / Path(bad.manifest).name, **values)
+    with Archive.open(archive.path.parent / "known", write=False) as known:
+        assert known.find("one").condition == "damaged"
+        assert known.find("good").condition == "unchecked"
+    (archive.path / "catalogue.sqlite").unlink()
     change(Path(bad.manifest), **values)
     report = reindex(archive.path)
-    assert report.entries == 1
-    assert len(report.problems) == 1
-    assert "one.mig" in report.problems[0]
     with Archive.open(archive.path, write=True) as again:
-        assert again.entries() == [good]
-        assert again.notes == list(report.problems)
+        assert again.find("good") == good
+        if "file_size" in values and values["file_size"] >= 0:
+            assert again.find("one").condition == "damaged", "a manifest, but not this image's"
+        else:
+            assert again.entries() == [good]
+            assert again.notes == list(report.problems)
+            assert len(report.problems) == 1
+            assert "one.mig" in report.problems[0]
     assert Path(bad.image).exists()
 
 
@@ -477,6 +504,9 @@ def test_manifest_that_is_no_plain_file_is_a_problem(archive: Archive, tmp_path:
     folder.mkdir()
     os.truncate(huge, 1 << 40)
     text.write_bytes(b"[" * 100_000)
+    with Archive.open(archive.path, write=False) as reader:
+        assert [entry.condition for entry in reader.entries()] == ["damaged"] * 5
+    (archive.path / "catalogue.sqlite").unlink()
     report = reindex(archive.path)
     assert report.entries == 0
     assert len(report.problems) == 5
@@ -489,7 +519,7 @@ def test_image_of_another_length_is_told(archive: Archive) -> None:
         read_entry(Path(entry.image))
     archive.close()
     with Archive.open(archive.path, write=True) as again:
-        assert "length is not its manifest's" in again.notes[0]
+        assert "another length" in again.find("one").trouble
 
 
 def test_folder_that_cannot_be_written_is_read_all_the_same(archive: Archive) -> None:

@@ -170,5 +170,5 @@ def test_a_killed_worker_harms_no_other_job(tmp_path: Path, sources: Path) -> No
     assert {one["stage"] for one in ends.values()} == {"done"}
     assert sorted(one["attempts"] for one in ends.values()) == [1, 2]
     (notes,) = [one["notes"] for one in ends.values() if one["attempts"] == 2]
-    assert "was ended by SIGKILL" in notes[0]
+    assert "was killed (SIGKILL)" in notes[0]
     assert len(check_archive(tmp_path / "archive")) == 2

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 
 import uringmig.archive
-from uringmig.archive import catalogue, directory, entry
+from uringmig.archive import catalogue, damagenotes, entry, folder
 from uringmig.image.manifest import ArchiveFields
 
 TEXT = Path(uringmig.archive.__file__).with_name("FORMAT.md").read_text()
@@ -28,7 +28,8 @@ def test_every_field_of_an_entry_is_specified() -> None:
 
 def test_names_of_files_are_the_ones_specified() -> None:
     names = [f"`NAME{suffix}`" for suffix in entry.SUFFIXES.values()]
-    names += [f"`{catalogue.NAME}`", f"`{directory._LOCK}`", f"image + `{entry.JOURNAL_SUFFIX}`"]
+    names += [f"image + `{damagenotes.SUFFIX}`"]
+    names += [f"`{catalogue.NAME}`", f"`{folder._LOCK}`", f"image + `{entry.JOURNAL_SUFFIX}`"]
     for name in names:
         assert f"| {name} |" in TEXT
     assert f"1 to {entry.NAME_BYTES_MAX} bytes" in TEXT

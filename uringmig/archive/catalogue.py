@@ -1,8 +1,12 @@
-"""The catalogue of an archive: what its manifests say, and what verification knows, in SQLite.
+"""The catalogue of an archive: what its manifests say, and how far verification is, in SQLite.
 
-Nothing in it is true by itself: entries can be read from the manifests again (`Archive.reindex`),
-and only what verification has found is lost with it. Each operation is a connection and a
-transaction of its own, so nothing is held open, and readers and the writer never wait for long.
+It is expendable: entries can be read from the manifests again, and what is known against them lies
+beside their images (`archive.damagenotes`); only when an entry was last found good is lost with it.
+Each operation is a connection and a transaction of its own, so nothing is held open, and readers
+and the writer never wait for long.
+
+It has a rollback journal, not a write-ahead log: several hosts may share the folder, and a reader
+needs to write nothing, so a full or read-only disk can be read.
 
 A file from outside is not trusted: its schema must be exactly ours, and every value has its type
 checked.
@@ -13,85 +17,67 @@ from __future__ import annotations
 import errno
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, NoReturn
 
-import msgspec
-
-from uringmig.archive.entry import Entry, image_path, manifest_path
-from uringmig.errors import FormatError, StateError, StorageError
+from uringmig.archive.entry import IDENTITY, Entry, entry_of
+from uringmig.errors import FormatError, StorageError
 
 NAME: Final = "catalogue.sqlite"
 #: "umig"; with it file(1) tells the file from other SQLite databases.
 _APPLICATION_ID: Final = 0x756D6967
-_VERSION: Final = 1
+_VERSION: Final = 2
 #: Whoever writes does so for milliseconds; this long only a stopped process holds it.
 _BUSY_SECONDS: Final = 10.0
-#: Files beside it while it is used, and after a crash.
-_LOGS: Final = ("-wal", "-shm")
+#: Files beside it while it is written, after a crash, or left by an older version.
+_JOURNAL: Final = "-journal"
+_WAL: Final = "-wal"
+LOGS: Final = (_JOURNAL, _WAL, "-shm")
 #: What the kernel or the disk says through SQLite; all else is about the file's content.
 _REFUSED: Final = (
     sqlite3.SQLITE_PERM, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR,
-    sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_NOLFS, sqlite3.SQLITE_PROTOCOL,
 )  # fmt: skip
-_CURE: Final = "`uringmig archive reindex` makes a new one from the manifests"
+CURE: Final = "`uringmig archive reindex` makes a new one from the manifests"
 
 #: The columns of entries that are fields of `Entry`, in the table's order.
-_FIELDS: Final = (
-    "name", "vm", "tier", "created", "host", "machine", "source_kind", "source_path",
-    "source_fingerprint", "content_digest", "memory_bytes", "stored_bytes", "file_bytes",
-    "verified_at", "verify_cursor",
-)  # fmt: skip
+FIELDS: Final = (*IDENTITY, "verified_at", "verify_cursor")
 _SCHEMA: Final = {
     "entries": """CREATE TABLE entries (
     name TEXT PRIMARY KEY, vm TEXT NOT NULL, tier TEXT NOT NULL, created TEXT NOT NULL,
     host TEXT NOT NULL, machine TEXT NOT NULL, source_kind TEXT NOT NULL,
     source_path TEXT NOT NULL, source_fingerprint TEXT NOT NULL, content_digest TEXT NOT NULL,
     memory_bytes INTEGER NOT NULL, stored_bytes INTEGER NOT NULL, file_bytes INTEGER NOT NULL,
-    verified_at TEXT, verify_cursor INTEGER NOT NULL,
+    manifest_digest TEXT NOT NULL, verified_at TEXT, verify_cursor INTEGER NOT NULL,
     manifest_stamp TEXT NOT NULL, removing INTEGER NOT NULL
 ) STRICT""",
-    "damage": """CREATE TABLE damage (
-    name TEXT NOT NULL REFERENCES entries ON DELETE CASCADE, chunk INTEGER NOT NULL,
-    text TEXT NOT NULL, found_at TEXT NOT NULL, PRIMARY KEY (name, chunk)
-) STRICT""",
 }
-_COUNT_DAMAGE: Final = "(SELECT count(*) FROM damage WHERE damage.name = entries.name)"
+_COLUMNS: Final = ", ".join((*FIELDS, "manifest_stamp", "removing"))
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row: the entry, what its manifest's file was, and whether it is being removed."""
+    """One row.
+
+    Attributes:
+        entry: as its manifest describes it.
+        manifest_stamp: what its manifest's file was, see `looking.manifest_stamp`; may be empty.
+        removing: its removal has begun.
+    """
 
     entry: Entry
     manifest_stamp: str
-    removing: bool
-
-    def with_checks_of(self, other: Row) -> Row:
-        """This row, with what verification knows from another one of the same files."""
-        known = other.entry
-        entry = replace(
-            self.entry, verified_at=known.verified_at, verify_cursor=known.verify_cursor
-        )
-        return replace(self, entry=entry)
+    removing: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Damage:
-    """A place in an entry that is not what its manifest says.
+@dataclass(slots=True)
+class Change:
+    """A row that is being changed; None is: there is none, and none is made."""
 
-    Attributes:
-        chunk: number of the chunk over all blocks, or -1 for what is not in a block.
-        text: block, offset, expected and found, in one line.
-        found_at: ISO 8601.
-    """
-
-    chunk: int
-    text: str
-    found_at: str
+    row: Row | None
 
 
 class Catalogue:
@@ -113,143 +99,117 @@ class Catalogue:
 
     def create(self) -> None:
         """Make an empty one where there is none."""
-        with self._naming(), closing(self._connect("rwc")) as connection:
-            connection.execute("PRAGMA journal_mode = WAL")
-            with _transaction(connection):
-                for statement in _SCHEMA.values():
-                    connection.execute(statement)
-                connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
-                connection.execute(f"PRAGMA user_version = {_VERSION}")
+        with (
+            self._naming(),
+            closing(self._connect("rwc")) as connection,
+            _transaction(connection),
+        ):
+            for statement in _SCHEMA.values():
+                connection.execute(statement)
+            connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+            connection.execute(f"PRAGMA user_version = {_VERSION}")
 
     def check(self) -> None:
         """Read all of it and compare its parts with each other."""
         with self._reading() as connection:
-            (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+            (found,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
         if found != "ok":
-            raise FormatError(f"{self.path}: the catalogue is damaged: {found}; {_CURE}")
+            raise FormatError(f"{self.path}: the catalogue is damaged: {found}; {CURE}")
 
-    def rows(self) -> list[Row]:
-        """All rows, oldest entry first."""
+    def rows(self, *, vm: str | None = None) -> list[Row]:
+        """All rows, or those of one machine; oldest entry first."""
         with self._reading() as connection:
-            found = connection.execute(
-                f"SELECT {', '.join(_FIELDS)}, {_COUNT_DAMAGE}, manifest_stamp, removing "
-                "FROM entries"
-            ).fetchall()
+            query = f"SELECT {_COLUMNS} FROM entries WHERE ?1 IS NULL OR vm = ?1"
+            found = connection.execute(query, (vm,)).fetchall()
         rows = [self._decode(values) for values in found]
         return sorted(rows, key=lambda row: (row.entry.created_time, row.entry.name))
 
-    def damage(self, name: str) -> list[Damage]:
-        """Places of an entry known to be damaged."""
+    def row(self, name: str) -> Row | None:
+        """The row of an entry, or None."""
         with self._reading() as connection:
-            found = connection.execute(
-                "SELECT chunk, text, found_at FROM damage WHERE name = ? ORDER BY chunk", (name,)
-            ).fetchall()
-        return [self._convert(dict(zip(("chunk", "text", "found_at"), values, strict=True)))
-                for values in found]  # fmt: skip
+            return self._select(connection, name)
 
     def put(self, rows: Iterable[Row]) -> None:
-        """Add entries, or replace those of the same names, all or none."""
+        """Add entries, or replace those of the same names, all or none.
+
+        How far verification was with an entry stays, if it is the same one and nothing is known
+        against it.
+        """
         with self._writing() as connection:
             for row in rows:
-                connection.execute("DELETE FROM entries WHERE name = ?", (row.entry.name,))
+                former = self._select(connection, row.entry.name)
+                if former and former.entry.is_same(row.entry) and row.entry.is_sound:
+                    row = _with_checks_of(row, former.entry)
                 _insert(connection, row)
 
-    def put_all(self, rows: Iterable[Row], damage: Mapping[str, Iterable[Damage]]) -> None:
-        """Let there be these entries and no others, with these places known to be damaged."""
+    def put_all(self, rows: Iterable[Row]) -> None:
+        """Let there be these entries and no others."""
         with self._writing() as connection:
             connection.execute("DELETE FROM entries")
             for row in rows:
                 _insert(connection, row)
-            for name, damaged in damage.items():
-                _insert_damage(connection, name, damaged)
 
-    def mark_removing(self, name: str) -> None:
-        """Hide an entry for good; its files go next."""
+    def mark(self, names: Iterable[str], *, removing: bool) -> None:
+        """Hide entries whose files go next, or show them again."""
         with self._writing() as connection:
-            connection.execute("UPDATE entries SET removing = 1 WHERE name = ?", (name,))
+            connection.executemany(
+                "UPDATE entries SET removing = ? WHERE name = ?", [(removing, n) for n in names]
+            )
 
     def drop(self, names: Iterable[str]) -> None:
         """Forget entries."""
         with self._writing() as connection:
             connection.executemany("DELETE FROM entries WHERE name = ?", [(n,) for n in names])
 
-    def note_checked(
-        self,
-        name: str,
-        *,
-        cursor: int,
-        verified_at: str | None,
-        good: Iterable[int],
-        damaged: Iterable[Damage],
-    ) -> None:
-        """Keep what a verification found; an entry that is gone meanwhile is left out.
-
-        Args:
-            name: of the entry.
-            cursor: chunks of the pass that are done.
-            verified_at: the pass over the entry has ended, at this time; it counts if no damage is
-                known then.
-            good: chunks whose earlier damage is no longer there.
-            damaged: places that are damaged now.
-        """
+    @contextmanager
+    def changing(self, name: str) -> Iterator[Change]:
+        """Change one row while nobody else can; nothing is changed if something is raised."""
         with self._writing() as connection:
-            known = connection.execute(
-                "UPDATE entries SET verify_cursor = ? WHERE name = ?", (cursor, name)
-            )
-            if known.rowcount:
-                connection.executemany(
-                    "DELETE FROM damage WHERE name = ? AND chunk = ?", [(name, n) for n in good]
-                )
-                _insert_damage(connection, name, damaged)
-                connection.execute(
-                    "UPDATE entries SET verified_at = coalesce(?, verified_at) WHERE name = ? "
-                    f"AND {_COUNT_DAMAGE} = 0",
-                    (verified_at, name),
-                )
+            former = self._select(connection, name)
+            change = Change(former)
+            yield change
+            if former is not None and change.row is not None and change.row != former:
+                _insert(connection, change.row)
+
+    def clear_log(self) -> None:
+        """Remove a log that a killed writer left before there was anything in it to undo."""
+        if Path(f"{self.path}{_JOURNAL}").exists():
+            with self._naming(), closing(self._connect("rw")) as connection:
+                # SQLite removes it, under its own lock, on the way from the one to the other.
+                connection.execute("PRAGMA journal_mode = PERSIST")
+                connection.execute("PRAGMA journal_mode = DELETE")
 
     def replace(self, other: Catalogue) -> None:
-        """Take the place of another one, which nobody can use, whatever it is."""
+        """Take the place of another one, whose logs are gone."""
         try:
-            # The log belongs to the old file: beside the new one it would be played into it.
-            for suffix in _LOGS:
-                Path(f"{other.path}{suffix}").unlink(missing_ok=True)
             self.path.rename(other.path)
         except OSError as error:
             raise StorageError("cannot replace", errno=error.errno, path=other.path) from None
 
     def remove(self) -> None:
-        """Remove the file and its log."""
-        for suffix in ("", *_LOGS):
-            Path(f"{self.path}{suffix}").unlink(missing_ok=True)
+        """Remove the file and its logs."""
+        try:
+            # A log that outlived its file would be played into the next one.
+            for suffix in (*LOGS, ""):
+                Path(f"{self.path}{suffix}").unlink(missing_ok=True)
+        except OSError as error:
+            raise StorageError("cannot remove", errno=error.errno, path=self.path) from None
+
+    def _select(self, connection: sqlite3.Connection, name: str) -> Row | None:
+        query = f"SELECT {_COLUMNS} FROM entries WHERE name = ?"
+        found = connection.execute(query, (name,)).fetchone()
+        return None if found is None else self._decode(found)
 
     def _decode(self, values: tuple[object, ...]) -> Row:
         """Check one row as if a stranger had written it."""
-        *fields, damaged, stamp, removing = values
-        named = dict(zip(_FIELDS, fields, strict=True))
+        *fields, stamp, removing = values
+        named = dict(zip(FIELDS, fields, strict=True))
         try:
-            image = image_path(self._folder, str(named["name"]), named["tier"])  # type: ignore[arg-type]
-            entry = msgspec.convert(
-                {
-                    **named,
-                    "damaged_chunks": damaged,
-                    "image": str(image),
-                    "manifest": str(manifest_path(image)),
-                },
-                Entry,
-            )
-            if entry.created_time.tzinfo is None:
-                raise ValueError("created has no time zone")
-        except (msgspec.ValidationError, ValueError, StateError) as error:
+            return Row(entry_of(self._folder, named), str(stamp), bool(removing))
+        except ValueError as error:
             raise FormatError(
-                f"{self.path}: entry {named['name']!r} of the catalogue: {error}; {_CURE}"
+                f"{self.path}: entry {named['name']!r} of the catalogue: {error}; {CURE}"
             ) from None
-        return Row(entry, str(stamp), bool(removing))
-
-    def _convert(self, values: dict[str, object]) -> Damage:
-        try:
-            return msgspec.convert(values, Damage)
-        except msgspec.ValidationError as error:
-            raise FormatError(f"{self.path}: damage in the catalogue: {error}; {_CURE}") from None
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
@@ -259,7 +219,7 @@ class Catalogue:
             closing(self._connect("rw")) as connection,
             _transaction(connection, "DEFERRED"),
         ):
-            # Not opened read-only: the last one to close it could then not take its log away.
+            # Not opened read-only: what a killed writer left in the journal is to be undone.
             connection.execute("PRAGMA query_only = ON")
             self._check_schema(connection)
             yield connection
@@ -276,13 +236,15 @@ class Catalogue:
             yield connection
 
     def _connect(self, mode: str) -> sqlite3.Connection:
+        # It would be played in by opening the file, and for good by closing it.
+        if Path(f"{self.path}{_WAL}").exists():
+            raise FormatError(f"{self.path}: the catalogue has a log that is not ours; {CURE}")
         uri = f"{self.path.absolute().as_uri()}?mode={mode}"
         connection = sqlite3.connect(uri, uri=True, timeout=_BUSY_SECONDS, isolation_level=None)
         try:
             # What a damaged or a stranger's file could make us run or skip is off.
             connection.execute("PRAGMA trusted_schema = OFF")
             connection.execute("PRAGMA cell_size_check = ON")
-            connection.execute("PRAGMA foreign_keys = ON")
             connection.execute("PRAGMA synchronous = FULL")
         except BaseException:
             connection.close()
@@ -294,18 +256,21 @@ class Catalogue:
         (application,) = connection.execute("PRAGMA application_id").fetchone()
         (version,) = connection.execute("PRAGMA user_version").fetchone()
         for what, expected, found in (
-            ("is not a catalogue of uringmig: application id", _APPLICATION_ID, application),
-            ("is a catalogue of another version", _VERSION, version),
+            ("is no catalogue of uringmig: its application id is", _APPLICATION_ID, application),
+            ("is a catalogue of another version:", _VERSION, version),
         ):
             if found != expected:
-                raise FormatError(f"{self.path}: {what}", expected=expected, found=found)
+                raise FormatError(f"{self.path}: {what} {found}, not {expected}; {CURE}")
         tables = dict(
             connection.execute(
                 "SELECT name, sql FROM sqlite_schema WHERE name NOT LIKE 'sqlite\\_%' ESCAPE '\\'"
             ).fetchall()
         )
         if tables != _SCHEMA:
-            raise FormatError(f"{self.path}: the catalogue has tables that are not ours; {_CURE}")
+            raise FormatError(f"{self.path}: the catalogue has tables that are not ours; {CURE}")
+        (mode,) = connection.execute("PRAGMA journal_mode").fetchone()
+        if mode != "delete":
+            raise FormatError(f"{self.path}: the catalogue would have a log; {CURE}")
 
     @contextmanager
     def _naming(self) -> Iterator[None]:
@@ -315,7 +280,7 @@ class Catalogue:
         except sqlite3.Error as error:
             self._fail(error)
         except UnicodeDecodeError:  # of a message that quotes what is damaged
-            raise FormatError(f"{self.path}: the catalogue is damaged; {_CURE}") from None
+            raise FormatError(f"{self.path}: the catalogue is damaged; {CURE}") from None
 
     def _fail(self, error: sqlite3.Error) -> NoReturn:
         # Python's own errors have no code, such as text that is no UTF-8.
@@ -327,37 +292,25 @@ class Catalogue:
         # A file that we may write, and that SQLite does not, claims to be of a newer format.
         claims = primary == sqlite3.SQLITE_READONLY and os.access(self.path, os.W_OK)
         if primary in _REFUSED and not claims:
-            raise StorageError(f"cannot use the catalogue: {error}", path=self.path) from None
-        raise FormatError(f"{self.path}: the catalogue is damaged: {error}; {_CURE}") from None
+            raise StorageError(
+                f"cannot use the catalogue: {error}", path=self.path, cure=f"once it can be, {CURE}"
+            ) from None
+        raise FormatError(f"{self.path}: the catalogue is damaged: {error}; {CURE}") from None
 
 
-def manifest_stamp(path: Path) -> str:
-    """What tells that a manifest's file is still the one that was read: inode, size and time.
-
-    Raises:
-        StorageError: there is none.
-    """
-    try:
-        status = os.stat(path, follow_symlinks=False)  # noqa: PTH116 - all of it is wanted
-    except OSError as error:
-        raise StorageError("cannot look at", errno=error.errno, path=path) from None
-    return f"{status.st_ino}:{status.st_size}:{status.st_mtime_ns}"
+def _with_checks_of(row: Row, known: Entry) -> Row:
+    """A row, with how far verification was with it."""
+    entry = replace(row.entry, verified_at=known.verified_at, verify_cursor=known.verify_cursor)
+    return replace(row, entry=entry)
 
 
 def _insert(connection: sqlite3.Connection, row: Row) -> None:
-    """Add one entry."""
-    values = [getattr(row.entry, field) for field in _FIELDS]
-    marks = ", ".join("?" * (len(_FIELDS) + 2))
+    """Add one entry, or replace the one of its name."""
+    values = [getattr(row.entry, field) for field in FIELDS]
+    marks = ", ".join("?" * (len(FIELDS) + 2))
     connection.execute(
-        f"INSERT INTO entries VALUES ({marks})", (*values, row.manifest_stamp, int(row.removing))
-    )
-
-
-def _insert_damage(connection: sqlite3.Connection, name: str, damaged: Iterable[Damage]) -> None:
-    """Add places of an entry that are damaged."""
-    connection.executemany(
-        "INSERT OR REPLACE INTO damage VALUES (?, ?, ?, ?)",
-        [(name, item.chunk, item.text, item.found_at) for item in damaged],
+        f"INSERT OR REPLACE INTO entries VALUES ({marks})",
+        (*values, row.manifest_stamp, int(row.removing)),
     )
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Final
 
-from uringmig.archive.catalogue import Damage
+from uringmig.archive.damagenotes import STREAM_CHUNK, Damage
 from uringmig.archive.directory import Archive
 from uringmig.archive.entry import Entry
 from uringmig.archive.opening import OpenedEntry, open_entry
@@ -28,8 +28,6 @@ from uringmig.image.manifest import Tier
 from uringmig.options import ReadOptions
 from uringmig.progress import ProgressCallback, Snapshot
 
-#: What is not in a block: headers, bitmaps, device state, index.
-STREAM_CHUNK: Final = -1
 #: Chunks between two looks at the clock: half a gigabyte of guest, a fraction of a second.
 _SLICE_CHUNKS: Final = 128
 #: What a kill costs at most, and the catalogue is written no more often.
@@ -69,6 +67,7 @@ class ArchiveCheck:
         not_reached: names of entries for which there was no time.
         checked_bytes: guest memory compared with its digest.
         damaged: entries in which damage was found now.
+        known_damaged: names of others whose damage is known from before and was not disproved now.
         seconds: elapsed.
         notes: what the operator should know, one line each.
     """
@@ -78,6 +77,7 @@ class ArchiveCheck:
     not_reached: tuple[str, ...]
     checked_bytes: int
     damaged: int
+    known_damaged: tuple[str, ...]
     seconds: float
     notes: tuple[str, ...]
 
@@ -105,8 +105,7 @@ def verify_archive(
 
     Raises:
         StateError: no such entry, or a share or time that is none.
-        FormatError: the catalogue is damaged.
-        StorageError: the catalogue cannot be used. An image that cannot be read is damage.
+        StorageError: the folder cannot be read. An image that cannot be read is damage.
         HostError: io_uring is required and cannot be had.
     """
     if share is not None and not 0 < share <= 1:
@@ -119,9 +118,8 @@ def verify_archive(
 
 def _chosen(archive: Archive, names: Sequence[str]) -> list[Entry]:
     """Entries in the order of need: a pass that goes on, never checked, longest ago."""
-    for name in names:
-        archive.find(name)
-    entries = [entry for entry in archive.entries() if not names or entry.name in names]
+    wanted = dict.fromkeys(names)
+    entries = [archive.find(name) for name in wanted] if wanted else archive.entries()
     return sorted(
         entries,
         key=lambda entry: (entry.verify_cursor == 0, entry.verified_at or "", entry.created_time),
@@ -155,25 +153,28 @@ class _Run:
     def report(self) -> ArchiveCheck:
         """Look at the entries."""
         checks: list[EntryCheck] = []
+        doubtful = {entry.name for entry in self._entries if not entry.is_sound}
         for entry in self._entries:
             if checks and self.out_of_time():
                 break
-            check = _Visit(self, entry).check()
+            visit = _Visit(self, entry)
+            check = visit.check()
             if check is not None:
                 checks.append(check)
+            if check is None or check.damage or visit.is_cleared:
+                doubtful.discard(entry.name)
         self.tell(0, now=True)
         reached = {check.name for check in checks}
-        notes = [] if self.archive.keeps_checks else [
-            f"{self.archive.path}: what was found cannot be kept: no catalogue that can be written"
-        ]  # fmt: skip
+        notes = [f"what was found cannot all be kept: {self.archive.unkept}"]
         return ArchiveCheck(
             path=str(self.archive.path),
             entries=tuple(checks),
             not_reached=tuple(e.name for e in self._entries if e.name not in reached),
             checked_bytes=self._checked_bytes,
             damaged=sum(bool(check.damage) for check in checks),
+            known_damaged=tuple(e.name for e in self._entries if e.name in doubtful),
             seconds=time.monotonic() - self._started,
-            notes=tuple(notes),
+            notes=tuple(notes if self.archive.unkept else ()),
         )
 
     def out_of_time(self) -> bool:
@@ -209,6 +210,8 @@ class _Visit:
     run: _Run
     entry: Entry
     good: list[int] = field(default_factory=list)
+    cleared: set[int] = field(default_factory=set)
+    all_seen: bool = False
     fresh: list[Damage] = field(default_factory=list)
     damage: list[Damage] = field(default_factory=list)
     kept_at: float = field(default_factory=time.monotonic)
@@ -248,6 +251,7 @@ class _Visit:
             if self.run.out_of_time():
                 break
         ended = cursor == len(rows)
+        self.all_seen = self.checked_chunks == len(rows)
         return self._end(
             chunks=len(rows),
             cursor=0 if ended else cursor,
@@ -277,15 +281,25 @@ class _Visit:
         self.damage.append(damage)
         self.fresh.append(damage)
 
+    @property
+    def is_cleared(self) -> bool:
+        """Whether every place that was known to be damaged was found good."""
+        if self.all_seen:
+            return not self.damage
+        known = {damage.chunk for damage in self.run.archive.damage(self.entry.name)}
+        return known <= self.cleared
+
     def _keep(self, cursor: int, *, verified_at: str | None) -> None:
-        """Put what is known into the catalogue."""
+        """Have it kept what is known."""
         self.run.archive.note_checked(
-            self.entry.name,
+            self.entry,
             cursor=cursor,
             verified_at=verified_at,
             good=self.good,
-            damaged=self.fresh,
+            damaged=self.damage if self.all_seen else self.fresh,
+            all_seen=self.all_seen,
         )
+        self.cleared.update(self.good)
         self.good, self.fresh = [], []
         self.kept_at = time.monotonic()
 

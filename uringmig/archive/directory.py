@@ -2,23 +2,23 @@
 
 One writer at a time, by flock(2) on ``.lock``; readers neither wait nor are waited for. What is
 true is what lies on the disk: an image under its name with its manifest is an entry. The catalogue
-follows; where a writer was killed in between, the next one puts it right when it opens the archive.
+follows and can be had again from the files; where a writer was killed in between, the next one puts
+it right when it opens the archive. What is known against an entry lies in a note beside its image,
+and an entry that is known stays one, damaged or missing, until somebody removes it.
 
-An entry is added by its files first and its row last, and removed in this order: the row is marked
-(which hides it), the manifest (from here on there is no entry), the image, the row.
+An entry is added by its files first and its row last, and removed as `archive.removing` says.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final, Self
+from typing import Self
 
-from uringmig.archive.catalogue import NAME as CATALOGUE_NAME
-from uringmig.archive.catalogue import Catalogue, Damage, Row, manifest_stamp
+from uringmig.archive.catalogue import Catalogue, Row
+from uringmig.archive.damagenotes import Damage, note_path, read_note, remove_note, write_note
 from uringmig.archive.entry import (
     Entry,
     check_name,
@@ -28,25 +28,14 @@ from uringmig.archive.entry import (
     read_entry,
     split_image_name,
 )
-from uringmig.archive.healing import (
-    HealReport,
-    clear_leftovers,
-    heal,
-    read_rows,
-    remove_files,
-)
+from uringmig.archive.folder import check_folder, lock_folder, make_folder, sync_folder
+from uringmig.archive.healing import HealReport, heal
+from uringmig.archive.looking import Seen, look, look_at, manifest_stamp, possible_images
+from uringmig.archive.removing import remove_entries
+from uringmig.archive.salvage import Known, known_of
 from uringmig.errors import BytesError, StateError, StorageError
-from uringmig.image.manifest import SUFFIX as MANIFEST_SUFFIX
 from uringmig.image.manifest import Tier
-from uringmig.storage.folder import sync_folder
 from uringmig.storage.publication import PARTIAL
-
-_LOCK: Final = ".lock"
-#: Guest memory is nobody else's business, as for the images themselves.
-_MODE: Final = 0o700
-_FILE_MODE: Final = 0o600
-#: mkfs makes it on every ext file system; a folder with nothing else is empty.
-_EMPTY: Final = frozenset({"lost+found"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,18 +48,21 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class ReindexReport:
-    """What the manifests said.
+    """What the manifests and notes said.
 
     Attributes:
-        entries: whole ones, now in the catalogue.
-        problems: what looks like an entry and is none, one line each.
+        entries: known ones, now in the catalogue.
+        problems: what looks like an entry and is none, and what is wrong with the files of entries,
+            one line each.
         kept_verification: entries whose earlier verification still holds.
+        set_aside: where the old catalogue is now, if it could not be used; else empty.
     """
 
     path: str
     entries: int
     problems: tuple[str, ...]
     kept_verification: int
+    set_aside: str
 
 
 class Archive:
@@ -79,14 +71,19 @@ class Archive:
     Attributes:
         path: the folder, absolute.
         healed: what a killed writer had left, when open for writing.
-        notes: what the operator should know, one line each.
+        notes: what is wrong with the archive, one line each.
+        catalogue_note: why entries are read from their manifests instead; empty: they are not.
+        unkept: why something that verification found could not be kept; empty: all was.
     """
 
     def __init__(self, path: Path, lock: int | None) -> None:
         self.path = path
         self.healed = HealReport()
         self.notes: list[str] = []
+        self.catalogue_note = ""
+        self.unkept = ""
         self.catalogue = Catalogue(path)
+        self._salvaged: Known | None = None
         self._lock = lock
 
     @classmethod
@@ -101,20 +98,16 @@ class Archive:
 
         Raises:
             StateError: there is no archive, and none can be made of what is there.
-            FormatError: the catalogue is damaged; says how to rebuild it.
             StorageError: another process writes it, or it cannot be read or written.
         """
         folder = Path(path).absolute()
         if not write:
-            _check_folder(folder)
+            check_folder(folder)
             return cls(folder, None)
-        _make(folder)
-        archive = cls(folder, _locked(folder))
+        make_folder(folder)
+        archive = cls(folder, lock_folder(folder))
         try:
-            if not archive.catalogue.exists:
-                _rebuild(folder, [])
-            archive.healed = heal(folder, archive.catalogue)
-            archive.notes += archive.healed.problems
+            archive.heal()
         except BaseException:
             archive.close()
             raise
@@ -132,77 +125,111 @@ class Archive:
             os.close(self._lock)
             self._lock = None
 
-    def entries(self) -> list[Entry]:
-        """All entries, oldest first.
+    def heal(self) -> None:
+        """Put right what a killed writer left; `healed` says what that was.
 
         Raises:
-            FormatError: the catalogue is damaged.
-            StorageError: it cannot be read.
+            StorageError: the folder cannot be read.
         """
-        return [
-            row.entry
-            for row in self._rows()
-            if not row.removing and _is_whole(Path(row.entry.image))
-        ]
+        self._check_writable()
+        self.healed = heal(self.path, self.catalogue)
+        self._warn(self.healed.problems)
+        if self.healed.set_aside:
+            self._warn(
+                [
+                    f"{self.catalogue.path} could not be used: it was set aside as "
+                    f"{self.healed.set_aside}, and made anew as by `uringmig archive reindex`"
+                ]
+            )
+
+    def entries(self) -> list[Entry]:
+        """All entries, oldest first: sound, damaged and missing ones.
+
+        Raises:
+            StorageError: the folder cannot be read.
+        """
+        found = look(self.path, self._known(), self._look_again)
+        self._warn(found.problems)
+        return found.entries
 
     def find(self, name: str) -> Entry:
-        """Find the entry of a name.
+        """Find the entry of a name, whatever its condition.
 
         Raises:
             StateError: there is none.
         """
-        entries = self.entries()
-        for entry in entries:
-            if entry.name == name:
-                return entry
-        raise StateError(f"{self.path}: no entry {name!r} among its {len(entries)}")
+        seen = self._find(name)
+        if seen.row is None:
+            raise StateError(f"{self.path}: no entry {name!r} among its {len(self.entries())}")
+        return seen.row.entry
 
     def damage(self, name: str) -> list[Damage]:
-        """Places of an entry that verification found damaged; none where there is no catalogue.
-
-        Raises:
-            FormatError: the catalogue is damaged.
-            StorageError: it cannot be read.
-        """
-        return self.catalogue.damage(name) if self._has_catalogue() else []
+        """What is known against an entry."""
+        return list(self._find(name).damage)
 
     def has(self, name: str) -> bool:
         """Say whether there is an entry of this name now."""
-        return any(entry.name == name for entry in self.entries())
-
-    @property
-    def keeps_checks(self) -> bool:
-        """Whether `note_checked` can keep what it is told."""
-        return self._has_catalogue()
+        return self._find(name).row is not None
 
     def note_checked(
         self,
-        name: str,
+        entry: Entry,
         *,
         cursor: int,
         verified_at: str | None,
-        good: Iterable[int],
-        damaged: Iterable[Damage],
+        good: Iterable[int] = (),
+        damaged: Iterable[Damage] = (),
+        all_seen: bool = False,
     ) -> None:
-        """Keep what a verification found, see `Catalogue.note_checked`; a reader may do so too.
+        """Keep what a verification found; a reader may do so too.
 
-        Raises:
-            FormatError: the catalogue is damaged.
-            StorageError: it cannot be written.
+        What is damaged is durable in a note before the catalogue says anything. An entry that is
+        gone meanwhile is left out. What cannot be kept is told in `unkept`.
+
+        Args:
+            entry: as it was when it was looked at.
+            cursor: chunks of the pass that are done.
+            verified_at: the pass over the entry has ended, at this time; it counts if nothing is
+                known against the entry then.
+            good: chunks whose earlier damage is no longer there.
+            damaged: places that are damaged now.
+            all_seen: everything was looked at, and ``damaged`` is all there is.
         """
-        if self._has_catalogue():
-            self.catalogue.note_checked(
-                name, cursor=cursor, verified_at=verified_at, good=good, damaged=damaged
-            )
+        good, damaged = list(good), list(damaged)
+        left: list[Damage] | None = None
+        try:
+            # In the transaction, so that nobody removes the entry meanwhile.
+            with self.catalogue.changing(entry.name) as change:
+                row = change.row
+                if row.removing if row is not None else not self.has(entry.name):
+                    return
+                left = self._keep_damage(entry, good, damaged, all_seen)
+                if row is not None:
+                    known = verified_at if verified_at and not left else entry.verified_at
+                    checked = replace(entry, verify_cursor=cursor, verified_at=known)
+                    stamp = row.manifest_stamp if row.entry.is_same(entry) else ""
+                    change.row = Row(checked, stamp)
+        except (BytesError, StorageError) as error:
+            self.unkept = str(error)
+            if left is None and self.has(entry.name):
+                try:
+                    self._keep_damage(entry, good, damaged, all_seen)
+                except StorageError as trouble:
+                    self.unkept = str(trouble)
 
     def latest_of(self, vm: str, *, tier: Tier | None = "hot") -> Entry | None:
-        """The newest entry of a virtual machine that is not known to be damaged, or None."""
-        found = [
-            entry
-            for entry in self.entries()
-            if entry.vm == vm and tier in (None, entry.tier) and entry.condition != "damaged"
-        ]
-        return found[-1] if found else None
+        """The newest sound entry of a virtual machine, or None."""
+        rows = self._known(vm=vm).ordered()
+        if self._salvaged is not None or not self.catalogue.exists:
+            of_vm = [entry.name for entry in self.entries() if entry.vm == vm]
+        else:
+            of_vm = [row.entry.name for row in rows]
+        for name in reversed(of_vm):
+            seen = self._find(name)
+            entry = None if seen.row is None else seen.row.entry
+            if entry is not None and entry.is_sound and tier in (None, entry.tier):
+                return entry
+        return None
 
     def place(self, name: str, tier: Tier) -> Place:
         """Say where the image of a new entry goes; nothing is made.
@@ -213,9 +240,16 @@ class Archive:
         self._check_writable()
         check_name(name)
         image = image_path(self.path, name, tier)
+        row = self._find(name).row
+        if row is not None and not row.entry.is_sound:
+            raise StateError(
+                f"{self.path}: there already is an entry {name!r}, which is {row.entry.condition}; "
+                f"`uringmig archive prune --forget {name} --delete` drops it"
+            )
         for other in (image_path(self.path, name, "hot"), image_path(self.path, name, "cold")):
-            if other.exists() or manifest_path(other).exists():
-                raise StateError(f"{other}: there already is something of this name")
+            for path in (other, manifest_path(other), note_path(other)):
+                if path.exists() or path.is_symlink():
+                    raise StateError(f"{path}: there already is something of this name")
         return Place(image, journal_path(image))
 
     def add(self, image: str | os.PathLike[str]) -> Entry:
@@ -223,7 +257,7 @@ class Archive:
 
         Raises:
             StateError: it lies somewhere else.
-            BytesError: its manifest is none, or another image's.
+            BytesError: its manifest is none, or another image's; or the catalogue is damaged.
             StorageError: a file cannot be read, or the catalogue not written.
         """
         self._check_writable()
@@ -232,21 +266,27 @@ class Archive:
             raise StateError(f"{path} is not in the archive {self.path}")
         stamp = manifest_stamp(manifest_path(path))
         entry = read_entry(path)
-        self.catalogue.put([Row(entry, stamp, removing=False)])
+        self.catalogue.put([Row(entry, stamp)])
         return entry
 
-    def remove(self, name: str) -> None:
-        """Remove an entry; readers see it whole, or not at all.
+    def remove(self, *names: str) -> None:
+        """Remove entries; readers see each whole, or not at all.
 
         Raises:
-            StateError: there is none of this name.
+            StateError: there is none of one of the names.
+            StorageError: a file cannot be removed; the next to open the archive goes on with it.
+        """
+        self.remove_entries([self.find(name) for name in names])
+
+    def remove_entries(self, entries: Sequence[Entry]) -> None:
+        """Remove entries that were found just now, see `remove`.
+
+        Raises:
             StorageError: a file cannot be removed; the next to open the archive goes on with it.
         """
         self._check_writable()
-        entry = self.find(name)
-        self.catalogue.mark_removing(name)
-        remove_files(Path(entry.image))
-        self.catalogue.drop([name])
+        images = [image_path(self.path, entry.name, entry.tier) for entry in entries]
+        self._warn(remove_entries(self.catalogue, images))
 
     def unfinished(self) -> list[Place]:
         """Images whose copying was interrupted and can go on from its journal."""
@@ -262,26 +302,89 @@ class Archive:
         """Give up an image that was never published.
 
         Raises:
-            OSError: a file cannot be removed.
+            StorageError: a file cannot be removed.
         """
         self._check_writable()
         sidecar = f"{manifest_path(place.image)}{PARTIAL}"
         for path in (place.journal, Path(sidecar), Path(f"{place.image}{PARTIAL}")):
-            path.unlink(missing_ok=True)
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                raise StorageError("cannot remove", errno=error.errno, path=path) from None
         sync_folder(self.path)
 
-    def _rows(self) -> list[Row]:
-        """Rows of the catalogue; where it cannot be had, what the manifests say."""
-        if self._has_catalogue():
-            return self.catalogue.rows()
-        problems: list[str] = []
-        rows = read_rows(self.path, known={}, problems=problems)
-        self.notes += [text for text in problems if text not in self.notes]
-        return sorted(rows, key=lambda row: (row.entry.created_time, row.entry.name))
+    def _find(self, name: str) -> Seen:
+        """Look at what is under a name; nothing where no entry can have it."""
+        try:
+            check_name(name)
+        except StateError:
+            return Seen()
+        row, damage = self._row(name)
+        found = Seen()
+        for image in possible_images(self.path, name, row):
+            seen = look_at(image, row, damage=damage)
+            seen = seen if seen.is_clear else self._look_again(image, seen)
+            if seen.row is not None:
+                return seen
+            found = seen if seen.problem else found
+        return found
 
-    def _has_catalogue(self) -> bool:
-        """Say whether there is one that can be used: SQLite needs to write beside it."""
-        return self.catalogue.exists and os.access(self.path, os.W_OK)
+    def _look_again(self, image: Path, seen: Seen) -> Seen:
+        """Look at what is not clear until nobody changed it meanwhile."""
+        name, _ = split_image_name(image.name) or ("", "hot")
+        while not seen.is_clear:
+            row, damage = self._row(name)
+            seen = look_at(image, row, damage=damage)
+            again, _ = self._row(name)
+            if (again and (again.removing, again.entry.manifest_digest)) == (
+                row and (row.removing, row.entry.manifest_digest)
+            ):
+                break
+        return seen
+
+    def _row(self, name: str) -> tuple[Row | None, tuple[Damage, ...]]:
+        """What the catalogue says of an entry, and knows against it."""
+        if self._salvaged is None and self.catalogue.exists:
+            try:
+                return self.catalogue.row(name), ()
+            except (BytesError, StorageError):
+                self._known()
+        known = self._salvaged or Known()
+        return known.rows.get(name), known.damage.get(name, ())
+
+    def _known(self, *, vm: str | None = None) -> Known:
+        """What the catalogue says; once it cannot be used, what could be read of it."""
+        if self._salvaged is not None:
+            return self._salvaged
+        known = known_of(self.catalogue, vm=vm)
+        if known.trouble:
+            self._salvaged = known
+            self.catalogue_note = f"{known.trouble}; entries are read from their manifests"
+        return known
+
+    def _keep_damage(
+        self, entry: Entry, good: list[int], damaged: list[Damage], all_seen: bool
+    ) -> list[Damage]:
+        """Let the note say what is known against an entry; returns that.
+
+        Raises:
+            StorageError: it could not be kept.
+        """
+        image = Path(entry.image)
+        note = read_note(image)
+        before = {} if note is None else {one.chunk: one for one in note.damage}
+        after = {} if all_seen else {c: one for c, one in before.items() if c not in good}
+        after |= {one.chunk: one for one in damaged}
+        if after != before:
+            if after:
+                write_note(entry, after.values())
+            else:
+                remove_note(image)
+        return list(after.values())
+
+    def _warn(self, texts: Iterable[str]) -> None:
+        """Add what is not told yet."""
+        self.notes += [text for text in dict.fromkeys(texts) if text not in self.notes]
 
     def _check_writable(self) -> None:
         if self._lock is None:
@@ -289,126 +392,27 @@ class Archive:
 
 
 def reindex(path: str | os.PathLike[str]) -> ReindexReport:
-    """Make an archive's catalogue anew, from its manifests alone; the old one may be damaged.
+    """Make an archive's catalogue anew, from its manifests; the old one may be damaged.
 
-    What verification had found is kept where the old catalogue can still be read and the manifest
-    is the same file.
+    What is known against entries lies in notes and stays; entries of which no file is left stay
+    missing. When an entry was last found good is kept where the old catalogue can still be read and
+    the manifest has the same bytes.
 
     Raises:
         StateError: there is no archive.
         StorageError: another process writes it, or it cannot be read or written.
     """
     folder = Path(path).absolute()
-    _check_folder(folder)
-    lock = _locked(folder)
+    check_folder(folder)
+    lock = lock_folder(folder)
     try:
-        healed = HealReport()
-        clear_leftovers(folder, healed)
-        rows = read_rows(folder, known={}, problems=healed.problems)
-        kept = _rebuild(folder, rows)
+        healed = heal(folder, Catalogue(folder), anew=True)
     finally:
         os.close(lock)
-    return ReindexReport(str(folder), len(rows), tuple(healed.problems), kept)
-
-
-def _rebuild(folder: Path, rows: list[Row]) -> int:
-    """Let the catalogue say ``rows`` and nothing else; return how many verifications it keeps.
-
-    A whole one is changed in one transaction, since others may be using it. A damaged one, which
-    nobody can use, is replaced.
-    """
-    catalogue = Catalogue(folder)
-    known = _readable_rows(catalogue)
-    kept: dict[str, list[Damage]] = {}
-    merged = []
-    for row in rows:
-        former = (known or {}).get((row.entry.name, row.manifest_stamp))
-        if former is not None and former.entry.condition != "unchecked":
-            kept[row.entry.name] = catalogue.damage(row.entry.name)
-        merged.append(row if former is None else row.with_checks_of(former))
-    try:
-        if known is not None:
-            catalogue.put_all(merged, kept)
-            return len(kept)
-    except BytesError:
-        pass  # damaged where only a writer comes by
-    new = Catalogue(folder, name=CATALOGUE_NAME + PARTIAL)
-    new.remove()
-    new.create()
-    new.put_all(merged, kept)
-    new.replace(catalogue)
-    sync_folder(folder)
-    return len(kept)
-
-
-def _readable_rows(catalogue: Catalogue) -> dict[tuple[str, str], Row] | None:
-    """Rows of a catalogue by name and manifest; None if it is not there or not whole."""
-    if not catalogue.exists:
-        return None
-    try:
-        catalogue.check()
-        return {
-            (row.entry.name, row.manifest_stamp): row
-            for row in catalogue.rows()
-            if not row.removing
-        }
-    except BytesError:
-        return None
-
-
-def _make(folder: Path) -> None:
-    """Make the folder, or see that it is an archive or empty."""
-    try:
-        folder.mkdir(mode=_MODE)
-        sync_folder(folder.parent)
-    except FileExistsError:
-        _check_folder(folder, empty=True)
-    except OSError as error:
-        raise StorageError("cannot make the archive", errno=error.errno, path=folder) from None
-
-
-def _check_folder(folder: Path, *, empty: bool = False) -> None:
-    """Refuse what is no archive; with ``empty`` an empty folder will do."""
-    try:
-        names = set(os.listdir(folder)) - _EMPTY  # noqa: PTH208 - names are wanted, not paths
-    except (FileNotFoundError, NotADirectoryError):
-        raise StateError(f"{folder}: no archive: there is no such folder") from None
-    except OSError as error:
-        raise StorageError("cannot read the folder", errno=error.errno, path=folder) from None
-    if empty and not names:
-        return
-    if not names & {CATALOGUE_NAME, _LOCK} and not any(_is_manifest(name) for name in names):
-        raise StateError(f"{folder}: no archive: there is neither a catalogue nor an entry in it")
-
-
-def _is_manifest(name: str) -> bool:
-    image = name.removesuffix(MANIFEST_SUFFIX)
-    return image != name and split_image_name(image) is not None
-
-
-def _locked(folder: Path) -> int:
-    """Take the writer's lock; the descriptor holds it."""
-    path = folder / _LOCK
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, _FILE_MODE)
-    except OSError as error:
-        raise StorageError("cannot lock the archive", errno=error.errno, path=path) from None
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        holder = os.pread(fd, 20, 0).decode("ascii", "replace").strip()
-        os.close(fd)
-        if not isinstance(error, BlockingIOError):
-            raise StorageError("cannot lock the archive", errno=error.errno, path=path) from None
-        who = f" (process {holder})" if holder.isdecimal() else ""
-        raise StorageError(
-            f"the archive is being written by another process{who}", path=folder
-        ) from None
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-    return fd
-
-
-def _is_whole(image: Path) -> bool:
-    """Say whether both files of an entry are there."""
-    return image.exists() and manifest_path(image).exists()
+    return ReindexReport(
+        str(folder),
+        healed.known,
+        (*healed.problems, *healed.troubled),
+        healed.kept_verification,
+        healed.set_aside,
+    )

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Final, Literal, get_args
+from typing import Annotated, Final, Literal, get_args
 
 import msgspec
 
 from uringmig.errors import FormatError, MismatchError, StateError, StorageError
 from uringmig.image import manifest
+from uringmig.image.digest import bytes_digest
 from uringmig.image.manifest import HexDigest, Label, Size, Tier, Whereabouts
 
 #: What an image's file is called after its entry's name.
@@ -29,7 +30,9 @@ NAME_BYTES_MAX: Final = 200
 #: QEMU takes this for the end of a path, so it could not load such an image.
 _OFFSET_WORD: Final = ",offset="
 
-Condition = Literal["unchecked", "good", "damaged"]
+Condition = Literal["unchecked", "good", "damaged", "missing"]
+#: Empty where it is not known: in what an older version wrote.
+_ManifestDigest = Annotated[str, msgspec.Meta(pattern="^([0-9a-f]{32})?$")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,9 +47,13 @@ class Entry:
         file_bytes: length of the image's file.
         image: its path.
         manifest: the path of its manifest.
+        manifest_digest: of the manifest's bytes: while they are the same, so is the entry, wherever
+            its files were copied to; hex.
         verified_at: when every chunk had last been found good, ISO 8601; None is never.
         verify_cursor: chunks looked at since, in the pass that goes on.
         damaged_chunks: places known to be damaged now.
+        missing: its image or its manifest is not there.
+        trouble: what is wrong with its files at the first look, in one line; empty is nothing.
     """
 
     name: str
@@ -64,9 +71,12 @@ class Entry:
     file_bytes: Size
     image: str
     manifest: str
+    manifest_digest: _ManifestDigest = ""
     verified_at: Label | None = None
     verify_cursor: Size = 0
     damaged_chunks: Size = 0
+    missing: bool = False
+    trouble: str = ""
 
     @property
     def created_time(self) -> datetime:
@@ -75,10 +85,54 @@ class Entry:
 
     @property
     def condition(self) -> Condition:
-        """What verification knows of it."""
-        if self.damaged_chunks:
+        """What its files' looks and verification know of it."""
+        if self.missing:
+            return "missing"
+        if self.damaged_chunks or self.trouble:
             return "damaged"
         return "unchecked" if self.verified_at is None else "good"
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether nothing is known against it."""
+        return self.condition in ("good", "unchecked")
+
+    def is_same(self, other: Entry) -> bool:
+        """Say whether both are the same image at the same name, by what their manifests hold."""
+        if self.manifest_digest and other.manifest_digest:
+            return self.manifest_digest == other.manifest_digest
+        mine = (self.content_digest, self.created, self.file_bytes)
+        return mine == (other.content_digest, other.created, other.file_bytes)
+
+
+#: The fields that say what an entry is; they are kept in the catalogue and in notes of damage.
+IDENTITY: Final = (
+    "name", "vm", "tier", "created", "host", "machine", "source_kind", "source_path",
+    "source_fingerprint", "content_digest", "memory_bytes", "stored_bytes", "file_bytes",
+    "manifest_digest",
+)  # fmt: skip
+
+
+def entry_of(folder: Path, values: Mapping[str, object]) -> Entry:
+    """Make an entry of what a file says, checked as if a stranger had written it.
+
+    Args:
+        folder: of the archive; paths are made of it and the name, and never taken from the file.
+        values: the fields of `IDENTITY`, and others of `Entry` that are no paths.
+
+    Raises:
+        ValueError: says what is wrong.
+    """
+    try:
+        image = image_path(folder, str(values["name"]), values["tier"])  # type: ignore[arg-type]
+        entry = msgspec.convert(
+            {**values, "image": str(image), "manifest": str(manifest_path(image))}, Entry
+        )
+    except (msgspec.ValidationError, StateError, KeyError) as error:
+        raise ValueError(str(error)) from None
+    if entry.created_time.tzinfo is None:
+        raise ValueError("created has no time zone")
+    return entry
 
 
 class _Header(msgspec.Struct, frozen=True, kw_only=True):
@@ -158,33 +212,47 @@ def read_entry(image: Path, *, sidecar: Path | None = None) -> Entry:
         MismatchError: the manifest is another image's.
         StorageError: one of the two files cannot be read.
     """
+    entry = read_identity(image, sidecar=sidecar)
+    with _accessing(image):
+        size = image.stat().st_size
+    if size != entry.file_bytes:
+        raise MismatchError(
+            f"{image}: length is not its manifest's", expected=entry.file_bytes, found=size
+        )
+    return entry
+
+
+def read_identity(image: Path, *, sidecar: Path | None = None) -> Entry:
+    """Read what an image's manifest says; the image need not be there.
+
+    Raises:
+        FormatError: the manifest is not one of an archive's entry.
+        MismatchError: the manifest is another image's.
+        StorageError: the manifest cannot be read.
+    """
     sidecar = sidecar or manifest_path(image)
+    text = read_manifest(sidecar)
     try:
-        header = msgspec.json.decode(read_manifest(sidecar), type=_Header)
+        header = msgspec.json.decode(text, type=_Header)
         created = datetime.fromisoformat(header.created)
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise FormatError(f"{sidecar}: no manifest of an archive's entry: {error}") from None
     if created.tzinfo is None:
         raise FormatError(f"{sidecar}: created", expected="a time zone", found=header.created)
     fields = header.archive
-    with _accessing(image):
-        size = image.stat().st_size
     if split_image_name(image.name) != (fields.name, fields.tier):
         raise MismatchError(
             f"{image}: the file's name is not its manifest's",
             expected=f"{fields.name!r} of tier {fields.tier}",
             found=repr(image.name),
         )
-    if size != header.file_size:
-        raise MismatchError(
-            f"{image}: length is not its manifest's", expected=header.file_size, found=size
-        )
     return Entry(
         created=header.created,
         machine=header.machine,
-        file_bytes=size,
+        file_bytes=header.file_size,
         image=str(image),
         manifest=str(manifest_path(image)),
+        manifest_digest=bytes_digest(text).hex(),
         **msgspec.structs.asdict(fields),
     )
 

@@ -1,31 +1,33 @@
-"""What a killed writer left, put right: files and catalogue agree, and nothing half-made stays.
+"""What a killed writer left, put right: files, notes and catalogue agree, nothing half-made stays.
 
 Only what is certain is done. A file that another process writes (it holds its lock) is left alone,
 as is a partial file whose journal lets the copy go on; what no writer of ours can have left is
-told, and never removed.
+told, and never removed. An entry that is known is never forgotten: if its files are wrong or gone,
+that is kept in a note beside them first, and in the catalogue then.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from uringmig.archive.catalogue import Catalogue, Row, manifest_stamp
+from uringmig.archive.catalogue import Catalogue, Row
+from uringmig.archive.damagenotes import SUFFIX as NOTE_SUFFIX
+from uringmig.archive.damagenotes import write_note
 from uringmig.archive.entry import (
     JOURNAL_SUFFIX,
-    journal_path,
     manifest_path,
     read_entry,
     split_image_name,
 )
+from uringmig.archive.folder import file_names, sync_folder, unwritten
+from uringmig.archive.looking import Look, look
+from uringmig.archive.removing import finish_removals
+from uringmig.archive.salvage import Known, known_of, set_aside
 from uringmig.errors import BytesError, StorageError
 from uringmig.image import manifest
 from uringmig.storage import nameless
-from uringmig.storage.folder import sync_folder
 from uringmig.storage.publication import FORMER, PARTIAL, settle
 
 _SIDECAR_PARTIAL = manifest.SUFFIX + PARTIAL
@@ -33,6 +35,7 @@ _SIDECAR_FORMER = manifest.SUFFIX + FORMER
 #: How the names of scratch files begin: those that are about to lose them, and those with which
 #: earlier releases measured disks.
 _SCRATCH = (nameless.PREFIX, ".depth-")
+_NOTE_PARTIAL = NOTE_SUFFIX + PARTIAL
 
 
 @dataclass(slots=True)
@@ -40,93 +43,116 @@ class HealReport:
     """What was put right; names of entries and files.
 
     Attributes:
+        known: entries that are known, whatever is left of them.
         added: entries that were whole and not in the catalogue.
-        forgotten: entries in the catalogue whose files are gone.
         removed: entries whose removal had begun.
-        published: images that lacked only the last step, their manifest's name.
+        published: entries whose image lacked only the last step, its manifest's name.
         cleared: files of saves that cannot go on.
-        problems: what looks like an entry and is none, one line each; left as it is.
+        kept_verification: entries whose earlier verification still holds.
+        troubled: what is wrong with the files of entries, one line each.
+        set_aside: where a catalogue that could not be used is now; empty: it could.
+        problems: what looks like an entry and is none, and what could not be put right; one line
+            each.
     """
 
+    known: int = field(default=0, compare=False)
     added: list[str] = field(default_factory=list)
-    forgotten: list[str] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)
     published: list[str] = field(default_factory=list)
     cleared: list[str] = field(default_factory=list)
+    kept_verification: int = field(default=0, compare=False)
+    troubled: list[str] = field(default_factory=list)
+    set_aside: str = ""
     problems: list[str] = field(default_factory=list)
 
 
-def heal(folder: Path, catalogue: Catalogue) -> HealReport:
+def heal(folder: Path, catalogue: Catalogue, *, anew: bool = False) -> HealReport:
     """Put an archive right; the caller holds its lock.
 
-    Raises:
-        FormatError: the catalogue is damaged.
-        StorageError: the folder or the catalogue cannot be read or written.
-    """
-    report = HealReport()
-    catalogue.check()
-    rows = {row.entry.name: row for row in catalogue.rows()}
-    for name, row in list(rows.items()):
-        if row.removing:
-            remove_files(Path(row.entry.image))
-            catalogue.drop([name])
-            del rows[name]
-            report.removed.append(name)
-    clear_leftovers(folder, report)
-    found = {row.entry.name: row for row in read_rows(folder, known=rows, problems=report.problems)}
-    new = [row for name, row in found.items() if rows.get(name) is not row]
-    gone = [name for name in rows if name not in found]
-    catalogue.put(new)
-    catalogue.drop(gone)
-    report.added += [row.entry.name for row in new]
-    report.forgotten += gone
-    return report
-
-
-def read_rows(folder: Path, *, known: dict[str, Row], problems: list[str]) -> list[Row]:
-    """Read every entry of a folder; a manifest that is still the known one is not read again.
+    A catalogue that cannot be used is set aside and made anew, with what could be read of it. One
+    that cannot be written is told and left: it is expendable.
 
     Args:
         folder: the archive.
-        known: rows of the catalogue by the entry's name; such a row is returned itself.
-        problems: what looks like an entry and is none is added here.
+        catalogue: its catalogue; need not exist.
+        anew: read every manifest again, whatever the catalogue says.
+
+    Raises:
+        StorageError: the folder cannot be read; or, ``anew``, the catalogue cannot be written.
     """
-    rows: dict[str, Row] = {}
-    names = _names(folder)
-    for name in sorted(names):
-        image = folder / name.removesuffix(manifest.SUFFIX)
-        if name == image.name:
-            if split_image_name(name) and name + manifest.SUFFIX not in names:
-                problems.append(f"{image}: an image without a manifest")
-            continue
-        if split_image_name(image.name) is None:
-            continue
-        try:
-            stamp = manifest_stamp(folder / name)
-            row = known.get(image.name.rpartition(".")[0])
-            if row is None or row.manifest_stamp != stamp or row.entry.image != str(image):
-                row = Row(read_entry(image), stamp, removing=False)
-            elif image.stat().st_size != row.entry.file_bytes:
-                read_entry(image)  # which says what is wrong
-        except (BytesError, StorageError) as error:
-            problems.append(str(error))
-        except OSError:
-            problems.append(f"{folder / name}: a manifest without an image")
-        else:
-            if row.entry.name in rows:
-                problems.append(f"{image}: there is another entry of the name {row.entry.name!r}")
-            rows.setdefault(row.entry.name, row)
-    return list(rows.values())
+    report = HealReport()
+    known = known_of(catalogue, check=True)
+    removed, troubles = finish_removals(catalogue, known.rows.values())
+    report.removed += removed
+    report.problems += troubles
+    for name in removed:
+        del known.rows[name]
+    clear_leftovers(folder, report)
+    if anew:
+        rows = known.rows.items()
+        known.rows = {name: Row(row.entry, "", row.removing) for name, row in rows}
+    found = look(folder, known)
+    report.problems += found.problems
+    report.known = len(found.seen)
+    report.troubled += [f"{one.name}: {one.trouble}" for one in found.entries if one.trouble]
+    report.added += [entry.name for entry in found.entries if entry.name not in known.rows]
+    report.kept_verification = sum(entry.condition in ("good", "damaged", "missing")
+                                   for entry in found.entries)  # fmt: skip
+    _keep_notes(found, report)
+    try:
+        _write_down(catalogue, known, found, report, anew=anew)
+    except StorageError as error:
+        if anew:
+            raise
+        report.problems.append(str(error))
+    return report
+
+
+def _keep_notes(found: Look, report: HealReport) -> None:
+    """Note what is known against entries and lies in no note yet."""
+    for seen in found.seen:
+        if seen.unkept and seen.row is not None:
+            try:
+                write_note(seen.row.entry, seen.damage)
+            except StorageError as error:
+                report.problems.append(str(error))
+
+
+def _write_down(
+    catalogue: Catalogue, known: Known, found: Look, report: HealReport, *, anew: bool
+) -> None:
+    """Let the catalogue say what was found."""
+    seen = [one for one in found.seen if one.row is not None]
+    if catalogue.exists and not known.trouble:
+        rows = [one.row for one in seen if one.row is not None and one.unlisted]
+        if rows:
+            catalogue.put(rows)
+        catalogue.clear_log()
+        return
+    if known.trouble and not (known.damaged or anew):
+        report.problems.append(known.trouble)
+        return
+    # Also where only a log is left: it would be played into the new one.
+    aside = set_aside(catalogue)
+    if known.trouble:
+        report.set_aside = aside.name
+    folder = catalogue.path.parent
+    new = Catalogue(folder, name=catalogue.path.name + PARTIAL)
+    new.remove()
+    new.create()
+    new.put_all(one.row for one in seen if one.row is not None)
+    new.replace(catalogue)
+    sync_folder(folder)
 
 
 def clear_leftovers(folder: Path, report: HealReport) -> None:
     """Finish publications that lack only a rename, and remove what cannot go on."""
-    for name in sorted(_names(folder)):
+    for name in sorted(file_names(folder)):
         if image := _image_of(name, _SIDECAR_FORMER) or _image_of(name, FORMER):
             _settle(folder / image, report)
         elif name.startswith(_SCRATCH):
             _clear(folder / name, report)
-    names = _names(folder)
+    names = file_names(folder)
     for name in sorted(names):
         if image := _image_of(name, _SIDECAR_PARTIAL):
             if image in names:
@@ -134,9 +160,11 @@ def clear_leftovers(folder: Path, report: HealReport) -> None:
             elif image + PARTIAL not in names:
                 _clear(folder / name, report)
             else:
-                with _unwritten(folder / (image + PARTIAL)) as free:
+                with unwritten(folder / (image + PARTIAL)) as free:
                     if free:
                         _clear(folder / name, report)
+        elif _image_of(name, _NOTE_PARTIAL):
+            _clear(folder / name, report)
         elif image := _image_of(name, PARTIAL):
             if image + JOURNAL_SUFFIX not in names:
                 _clear(folder / name, report)
@@ -144,25 +172,9 @@ def clear_leftovers(folder: Path, report: HealReport) -> None:
             _clear(folder / name, report)
 
 
-def remove_files(image: Path) -> None:
-    """Remove an entry's files: the manifest first, so that no half entry is ever seen.
-
-    Raises:
-        StorageError: one cannot be removed.
-    """
-    try:
-        manifest_path(image).unlink(missing_ok=True)
-        sync_folder(image.parent)
-        image.unlink(missing_ok=True)
-        journal_path(image).unlink(missing_ok=True)
-        sync_folder(image.parent)
-    except OSError as error:
-        raise StorageError("cannot remove", errno=error.errno, path=image) from None
-
-
 def _settle(image: Path, report: HealReport) -> None:
     """Undo or finish the replacement of an image that a killed save had begun."""
-    with _unwritten(Path(f"{image}{PARTIAL}"), missing=True) as free:
+    with unwritten(Path(f"{image}{PARTIAL}"), missing=True) as free:
         if not free:
             return
         with contextlib.suppress(StorageError):  # one that is just going on settles itself
@@ -172,67 +184,37 @@ def _settle(image: Path, report: HealReport) -> None:
 
 def _finish_publication(image: Path, sidecar: Path, report: HealReport) -> None:
     """Give a manifest its name; it was durable before the image had its own."""
-    with _unwritten(image) as free:
+    with unwritten(image) as free:
         if not free:
             return
         if manifest_path(image).exists():
             _clear(sidecar, report)
             return
         try:
-            read_entry(image, sidecar=sidecar)
+            entry = read_entry(image, sidecar=sidecar)
+            sidecar.rename(manifest_path(image))
+            sync_folder(image.parent)
         except (BytesError, StorageError) as error:
-            report.problems.append(f"{image}: an image without a manifest ({error})")
-            return
-        sidecar.rename(manifest_path(image))
-        sync_folder(image.parent)
-        report.published.append(image.name)
+            report.problems.append(f"{image}: its manifest is not published: {error}")
+        except OSError as error:
+            report.problems.append(f"{sidecar}: cannot be renamed: {error.strerror}")
+        else:
+            report.published.append(entry.name)
 
 
 def _clear(path: Path, report: HealReport) -> None:
     """Remove a file that nobody writes."""
-    with _unwritten(path) as free:
+    with unwritten(path) as free:
         if free:
-            path.unlink(missing_ok=True)
-            report.cleared.append(path.name)
-
-
-@contextlib.contextmanager
-def _unwritten(path: Path, *, missing: bool = False) -> Iterator[bool]:
-    """Hold the lock that a file's writer would hold; False if there is such a writer.
-
-    ``missing`` is what a file that is not there counts as.
-    """
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except FileNotFoundError:
-        yield missing
-        return
-    except OSError:
-        yield False
-        return
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # taken; or there are no locks here, and nobody can tell
-        yield False
-    else:
-        yield True
-    finally:
-        os.close(fd)
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                report.problems.append(f"{path}: cannot be removed: {error.strerror}")
+            else:
+                report.cleared.append(path.name)
 
 
 def _image_of(name: str, suffix: str) -> str | None:
     """The image's file name that is followed by ``suffix`` in ``name``, or None."""
     image = name.removesuffix(suffix)
     return image if image != name and split_image_name(image) else None
-
-
-def _names(folder: Path) -> set[str]:
-    """Names of all files in a folder.
-
-    Raises:
-        StorageError: it cannot be read.
-    """
-    try:
-        return set(os.listdir(folder))  # noqa: PTH208 - names are wanted, not paths
-    except OSError as error:
-        raise StorageError("cannot read the folder", errno=error.errno, path=folder) from None

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from uringmig.archive.directory import Archive
+from uringmig.archive.entry import Entry
 from uringmig.archive.retention import Decision, plan_prune
+from uringmig.errors import StateError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +36,7 @@ def prune(
     keep_weekly: int = 0,
     keep_monthly: int = 0,
     vm: str | None = None,
+    forget: Sequence[str] = (),
     delete: bool = False,
     now: datetime | None = None,
 ) -> PruneReport:
@@ -45,29 +49,48 @@ def prune(
         keep_weekly: likewise of weeks.
         keep_monthly: likewise of months.
         vm: only this machine's; None is all.
+        forget: names of damaged or missing entries to remove, whatever the rules say; with them no
+            rule need be given.
         delete: remove them; else only say which.
         now: the present time, with its time zone; None asks the clock.
 
     Raises:
-        StateError: no rule is given, or the archive is open for reading only.
-        FormatError: the catalogue is damaged.
+        StateError: no rule is given, an entry to forget is sound or none, or the archive is open
+            for reading only.
         StorageError: a file cannot be removed; what was removed before stays so.
     """
-    decisions = plan_prune(
-        [entry for entry in archive.entries() if vm in (None, entry.vm)],
-        keep_last=keep_last,
-        keep_daily=keep_daily,
-        keep_weekly=keep_weekly,
-        keep_monthly=keep_monthly,
-        now=now or datetime.now(UTC),
-    )
+    dropped = [_forgettable(archive.find(name)) for name in dict.fromkeys(forget)]
+    decisions = [Decision(entry, ()) for entry in dropped]
+    rules = (keep_last, keep_daily, keep_weekly, keep_monthly)
+    if any(rules) or not dropped:
+        # What opening the archive has just published is in no plan that was shown before.
+        aside = {*forget, *archive.healed.published}
+        entries = [entry for entry in archive.entries() if entry.name not in aside]
+        decisions += plan_prune(
+            [entry for entry in entries if vm in (None, entry.vm)],
+            keep_last=keep_last,
+            keep_daily=keep_daily,
+            keep_weekly=keep_weekly,
+            keep_monthly=keep_monthly,
+            now=now or datetime.now(UTC),
+        )
     going = [decision.entry for decision in decisions if not decision.keep]
     if delete:
-        for entry in going:
-            archive.remove(entry.name)
+        archive.remove_entries(going)
     return PruneReport(
         path=str(archive.path),
         decisions=tuple(decisions),
         removed=delete,
         file_bytes=sum(entry.file_bytes for entry in going),
     )
+
+
+def _forgettable(entry: Entry) -> Entry:
+    """An entry that may be dropped by its name.
+
+    Raises:
+        StateError: nothing is wrong with it.
+    """
+    if entry.is_sound:
+        raise StateError(f"entry {entry.name!r} is neither damaged nor missing; rules prune those")
+    return entry

@@ -7,10 +7,10 @@ Whatever the rules say, these stay:
 
 - the newest good entry of a machine, when no other good one would be left (good: verified whole);
 - the newest one not known to be damaged, when only damaged ones would be left;
-- the newest one, when none would be left;
+- the newest one, when none would be left (rather a damaged one than one that is missing);
 - entries that claim to be made in the future: a clock was wrong, and they must not push others out.
 
-A damaged entry never uses up a place that an undamaged one could have.
+A damaged or missing entry never uses up a place that a sound one could have.
 """
 
 from __future__ import annotations
@@ -84,10 +84,10 @@ def _by_rules(
     """Reasons to keep by the entry's name; entries are of one machine, oldest first."""
     reasons: dict[str, list[str]] = {}
     past = [entry for entry in reversed(entries) if entry.created_time <= now]
-    undamaged = [entry for entry in past if entry.condition != "damaged"]
+    sound = [entry for entry in past if entry.is_sound]
     for (rule, period), count in zip(_RULES, counts, strict=True):
-        # Of all, so that damage makes nothing go that would stay without it; and of the undamaged.
-        chosen = {entry.name for few in (past, undamaged) for entry in _first(few, period, count)}
+        # Of all, so that damage makes nothing go that would stay without it; and of the sound.
+        chosen = {entry.name for few in (past, sound) for entry in _first(few, period, count)}
         for entry in past:
             if entry.name in chosen:
                 reasons.setdefault(entry.name, []).append(rule)
@@ -104,6 +104,7 @@ def _rescued(entries: Sequence[Entry], reasons: dict[str, list[str]]) -> list[tu
         ({"good"}, "the only good one"),
         ({"good", "unchecked"}, "the only one not damaged"),
         ({"good", "unchecked", "damaged"}, "the only one"),
+        ({"good", "unchecked", "damaged", "missing"}, "the only trace"),
     ):
         candidates = [entry for entry in entries if entry.condition in conditions]
         if candidates:

@@ -15,8 +15,8 @@ import zstandard
 
 from uringmig.archive.cold import write_cold
 from uringmig.archive.coldread import is_cold, open_cold
-from uringmig.archive.healing import remove_files
 from uringmig.archive.hot import write_hot
+from uringmig.archive.removing import remove_files
 from uringmig.archive.tier import LIVE_KINDS, EntryLabel, TierResult
 from uringmig.batch.disks import disks_of, measure_depth
 from uringmig.batch.job import ImageSource, Job, MemorySource, QmpSource
@@ -223,7 +223,7 @@ def _read_back(order: Archive, tell: ProgressCallback) -> None:
             if report.mismatches:
                 raise report.mismatches[0]
     except BytesError as error:
-        remove_files(image)
+        remove_files([image])
         error.add_note("the entry differed when it was read back, and was removed")
         raise
 

@@ -18,13 +18,12 @@ from typing import Final, Self
 from uringmig.archive.dedup import sharing_trouble
 from uringmig.archive.directory import Archive, Place
 from uringmig.archive.entry import Entry
-from uringmig.archive.healing import heal
 from uringmig.batch import journal
 from uringmig.batch.job import TIME_FIELD, JobFile, entry_name
 from uringmig.batch.messages import Archived
 from uringmig.batch.record import RunRecord, read_state
 from uringmig.batch.state import JobState
-from uringmig.errors import StateError, UringmigError
+from uringmig.errors import StateError, StorageError, UringmigError
 from uringmig.storage.publication import PARTIAL
 
 TIME_FORMAT: Final = "%Y%m%dT%H%M%SZ"
@@ -44,10 +43,10 @@ class Ledger:
         time: what ``{time}`` stands for.
         resumed: this run goes on with an interrupted one.
         notes: what the operator should know, one line each.
+        warnings: what is wrong with an archive, one line each.
 
     Raises:
         StateError: two jobs have one entry, or an archive is none.
-        FormatError: an archive's catalogue is damaged.
         StorageError: an archive is locked by another process, or cannot be written.
     """
 
@@ -56,6 +55,7 @@ class Ledger:
     ) -> None:
         self.job_file = job_file
         self.notes: list[str] = []
+        self.warnings: list[str] = []
         self._resources = ExitStack()
         self._archives: dict[str, Archive] = {}
         self._entries: dict[str, dict[str, Entry]] = {}
@@ -116,7 +116,10 @@ class Ledger:
         for archive in self._archives.values():
             for place in archive.unfinished():
                 if place.image not in places:
-                    archive.discard(place)
+                    try:
+                        archive.discard(place)
+                    except StorageError as error:
+                        self.warnings.append(f"leftovers remain: {error}")
 
     def unchanged(self, state: JobState, fingerprint: str) -> bool:
         """Say whether the entry is there already, of a source that has not changed since."""
@@ -126,7 +129,7 @@ class Ledger:
             and entry.tier == state.job.tier
             and fingerprint != ""
             and entry.source_fingerprint == fingerprint
-            and entry.condition != "damaged"
+            and entry.is_sound
         )
 
     def sharing_trouble(self, state: JobState) -> tuple[str | None, bool]:
@@ -163,15 +166,10 @@ class Ledger:
         """Put a job's entry into the catalogue, and note that."""
         try:
             archive = self._archives[state.job.archive]
-            archive.add(archived.image)
+            entry = archive.add(archived.image)
             if archived.verified:
-                archive.catalogue.note_checked(
-                    state.entry,
-                    cursor=0,
-                    verified_at=datetime.now(UTC).isoformat(timespec="seconds"),
-                    good=(),
-                    damaged=(),
-                )
+                now = datetime.now(UTC).isoformat(timespec="seconds")
+                archive.note_checked(entry, cursor=0, verified_at=now)
         except UringmigError as error:
             # Its files are there; whoever opens the archive next finds it.
             state.warnings.append(f"the entry is not yet in the catalogue: {error}")
@@ -189,7 +187,7 @@ class Ledger:
         archive = self._archives[state.job.archive]
         try:
             # If it was killed between the two renames, this gives the manifest its name.
-            heal(archive.path, archive.catalogue)
+            archive.heal()
             archived = describe_entry(archive.find(state.entry))
         except UringmigError:
             return None
@@ -211,8 +209,8 @@ class Ledger:
             try:
                 if not (again and place.journal.exists()):
                     self._archives[state.job.archive].discard(place)
-            except OSError as error:
-                state.warnings.append(f"{place.image}: leftovers remain: {error.strerror}")
+            except StorageError as error:
+                state.warnings.append(f"leftovers remain: {error}")
         self._record.append(journal.Failed(job=state.job.name, kind=state.kind, error=state.error))
 
     def unfinished_bytes(self, archive: str) -> int:
@@ -236,8 +234,12 @@ class Ledger:
                 continue
             archive = self._resources.enter_context(Archive.open(path, write=write))
             self._archives[path] = archive
-            self._entries[path] = {entry.name: entry for entry in archive.entries()}
-            self.notes += archive.notes
+            entries = archive.entries()
+            self._entries[path] = {entry.name: entry for entry in entries if entry.is_sound}
+            self.warnings += archive.notes
+            self.warnings += [f"{e.name}: {e.trouble}" for e in entries if e.trouble]
+            if archive.catalogue_note:
+                self.notes.append(archive.catalogue_note)
 
     def _open_journal(self, digest: str, write: bool, resume_within_s: float) -> None:
         """Go on with an interrupted run's journal, or begin one."""
@@ -287,7 +289,7 @@ class Ledger:
         state.archived = describe_entry(entry)
 
     def _find(self, archive: str, name: str) -> Entry | None:
-        """An entry as it was when the run began."""
+        """A sound entry as it was when the run began."""
         return self._entries[archive].get(name)
 
     def _place(self, archive: str, name: str, tier: str) -> Place:

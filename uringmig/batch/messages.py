@@ -15,6 +15,7 @@ from uringmig.errors import (
     BusyError,
     FormatError,
     HostError,
+    LimitError,
     MismatchError,
     PeerError,
     StateError,
@@ -30,7 +31,7 @@ _EXIT_CODES: Final = {
     kind.__name__: kind.exit_code
     for kind in (
         StateError, FormatError, MismatchError, PeerError, BusyError, StorageError, HostError,
-        UringmigError,
+        LimitError, UringmigError,
     )
 }  # fmt: skip
 
@@ -223,6 +224,6 @@ def failure(key: str, error: UringmigError, *, ending: Ending = "failed") -> Out
     )
 
 
-def lost(key: str, why: str, *, may_pass: bool) -> Outcome:
+def lost(key: str, why: str, *, may_pass: bool, kind: str = "WorkerLost") -> Outcome:
     """The outcome of an order whose worker died: nothing is known to be wrong with the job."""
-    return Outcome(key=key, ending="lost", kind="WorkerLost", error=why, may_pass=may_pass)
+    return Outcome(key=key, ending="lost", kind=kind, error=why, may_pass=may_pass)

@@ -18,10 +18,10 @@ from typing import Final, Protocol
 import msgspec
 
 from uringmig.batch.messages import MESSAGE_DECODER, Message, Order, Outcome, lost
-from uringmig.errors import StateError, UringmigError
+from uringmig.errors import LimitError, StateError, UringmigError, explained
 from uringmig.units import MiB
 
-WORKER_COMMAND: Final = (sys.executable, "-m", "uringmig.batch.worker")
+WORKER_COMMAND: Final = (sys.executable, "-m", "uringmig.batch")
 _READ_BYTES: Final = 64 << 10
 #: A message is a few KiB; a worker that sends more in one line is out of its mind.
 _LINE_BYTES_MAX: Final = MiB
@@ -58,6 +58,7 @@ class LocalPool:
         self._command = command
         self._workers: list[_Worker] = []
         self._selector = selectors.DefaultSelector()
+        self._unstarted: list[Message] = []
 
     def refusal(self, host: str | None) -> UringmigError | None:
         """Another host's jobs need a scheduler."""
@@ -72,13 +73,20 @@ class LocalPool:
     def submit(self, order: Order, *, host: str | None) -> None:
         """Give it to an idle worker, or to a new one."""
         idle = [worker for worker in self._workers if worker.key is None]
-        worker = idle[0] if idle else self._start()
-        worker.give(order)
+        try:
+            worker = idle[0] if idle else self._start()
+        except OSError as error:
+            reason = explained(error) or error
+            why = f"no worker process can be started: {reason}"
+            # Those that run now may leave room.
+            self._unstarted.append(lost(order.key, why, kind=LimitError.__name__, may_pass=True))
+        else:
+            worker.give(order)
 
     def poll(self, timeout_s: float) -> list[Message]:
         """Messages, and an outcome for every order whose worker has died."""
-        messages: list[Message] = []
-        for key, _ in self._selector.select(timeout_s):
+        messages, self._unstarted = self._unstarted, []
+        for key, _ in self._selector.select(0.0 if messages else timeout_s):
             worker: _Worker = key.data
             messages += worker.read()
             if worker.ended:
@@ -89,6 +97,7 @@ class LocalPool:
         """SIGTERM or SIGKILL."""
         for worker in self._workers:
             if worker.key == key:
+                worker.killed = worker.killed or at_once
                 worker.process.send_signal(signal.SIGKILL if at_once else signal.SIGTERM)
 
     def close(self) -> None:
@@ -115,33 +124,59 @@ class LocalPool:
         self._workers.remove(worker)
         worker.connection.close()
         code = worker.wait()
-        if worker.key is None:
-            return []
-        pid = worker.process.pid
-        if code < 0:
-            name = signal.Signals(-code).name
-            return [lost(worker.key, f"worker process {pid} was ended by {name}", may_pass=True)]
-        # A traceback of ours, on standard error: the next attempt would end the same way.
-        why = f"worker process {pid} ended with exit code {code}"
-        return [lost(worker.key, why, may_pass=False)]
+        return [] if worker.key is None else [_death(worker, worker.key, code)]
+
+
+def _death(worker: _Worker, key: str, code: int) -> Outcome:
+    """The outcome of an order whose worker has ended with an exit code, or by signal -code."""
+    who = f"worker process {worker.process.pid}"
+    if code == -signal.SIGKILL and not worker.killed:
+        # Nobody else kills like this but an impatient operator; and he knows it.
+        why = (
+            f"{who} was killed (SIGKILL), perhaps because memory ran out: see the kernel's log, "
+            "and the service's MemoryMax= or the container's limit"
+        )
+        return lost(key, why, kind=LimitError.__name__, may_pass=True)
+    if code < 0:
+        why = f"{who} was ended by {signal.Signals(-code).name}"
+        return lost(key, why, may_pass=True)
+    if code == LimitError.exit_code:
+        why = f"{who} could not begin: this host lets it have too little memory, threads or files"
+        return lost(key, why, kind=LimitError.__name__, may_pass=True)
+    # A traceback of ours, on standard error: the next attempt would end the same way.
+    return lost(key, f"{who} ended with exit code {code}", may_pass=False)
 
 
 class _Worker:
-    """One process, and our end of its socket."""
+    """One process, and our end of its socket.
+
+    Attributes:
+        key: of the order in hand, or None.
+        killed: by us.
+        ended: its socket has closed.
+
+    Raises:
+        OSError: the host lets us have no further process.
+    """
 
     def __init__(self, command: Sequence[str]) -> None:
         self.connection, theirs = socket.socketpair()
         with theirs:
             # In a process group of its own: Ctrl-C is for us, and we tell the workers.
-            self.process = subprocess.Popen(
-                [*command, str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                process_group=0,
-            )
+            try:
+                self.process = subprocess.Popen(
+                    [*command, str(theirs.fileno())],
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    process_group=0,
+                )
+            except BaseException:
+                self.connection.close()
+                raise
         self.connection.setblocking(False)
         self.key: str | None = None
+        self.killed = False
         self.ended = False
         self._unread = b""
 

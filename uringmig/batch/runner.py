@@ -36,7 +36,7 @@ from uringmig.batch.messages import (
 from uringmig.batch.planning import Plan, PlanRow, free_space, make_plan
 from uringmig.batch.pool import Pool
 from uringmig.batch.state import DiskView, JobState, RunView, Stage, Summary, Watcher
-from uringmig.errors import PeerError, UringmigError
+from uringmig.errors import LimitError, PeerError, UringmigError
 from uringmig.units import format_duration
 
 _TICK_SECONDS: Final = 0.2
@@ -266,10 +266,18 @@ class Run:
             if (refusal := self._pool.refusal(host)) is not None:
                 state.attempts += 1
                 self._ended(state, failure(state.job.name, refusal))
-            elif self._pool.has_room(host):
+            elif self._pool.has_room(host) and not self._crowded(state):
                 rate = self._admission.admit(state.job, state.estimate or _unseen(state.job))
                 if rate is not None:
                     self._begin(state, rate)
+
+    def _crowded(self, state: JobState) -> bool:
+        """Say whether memory and the like must first be left by others, or are left to another."""
+        return any(
+            (state.alone or other.alone) and other.job.host == state.job.host
+            for other in self._states
+            if other.stage == "running"
+        )
 
     def _begin(self, state: JobState, rate: int) -> None:
         """Give a job to a worker."""
@@ -340,6 +348,7 @@ class Run:
         delay = self._settings.backoff_s * 2 ** max(0, state.attempts - 1)
         delay = min(delay, _BACKOFF_SECONDS_MAX) * random.uniform(0.75, 1.25)
         state.not_before = time.monotonic() + delay
+        state.alone = state.kind == LimitError.__name__
         state.notes.append(f"attempt {state.attempts}: {state.error}")
         self._enter(state, "waiting")
 

@@ -29,6 +29,7 @@ class JobState:
         began_at: of the present attempt.
         stopping_at: when its worker was asked to stop, or None.
         timed_out: that was because it took too long.
+        alone: the host had too little for it: it is tried again beside no other job of its host.
         estimate: None while it is not known.
         progress: of the present or last attempt.
         error: the last attempt's, one line.
@@ -43,6 +44,7 @@ class JobState:
     began_at: float = 0.0
     stopping_at: float | None = None
     timed_out: bool = False
+    alone: bool = False
     estimate: Estimate | None = None
     progress: Progress | None = None
     archived: Archived | None = None

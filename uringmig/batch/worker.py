@@ -1,6 +1,6 @@
 """A worker process: takes orders from its socket, one after the other, and says how they end.
 
-Run as ``python -m uringmig.batch.worker FD``. SIGTERM stops the order in hand cleanly, after which
+Run as ``python -m uringmig.batch FD``. SIGTERM stops the order in hand cleanly, after which
 the process ends. If the socket closes, whoever gave the order is gone: the process ends at once,
 as if it had been killed; what it was writing has no final name, and QEMU, whose stream closes, lets
 its guest run on.
@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
-from typing import Final
+from typing import Final, NoReturn
 
 import msgspec
 
@@ -30,7 +30,7 @@ from uringmig.batch.messages import (
     Progress,
     failure,
 )
-from uringmig.errors import UringmigError
+from uringmig.errors import UringmigError, explained
 from uringmig.progress import Snapshot
 from uringmig.signals import Interrupted, Signals, look
 from uringmig.units import KiB
@@ -41,7 +41,11 @@ _READ_BYTES: Final = 64 * KiB
 
 
 def serve(connection: socket.socket, work: CarryOut) -> None:
-    """Carry out orders until the other side closes or an order is stopped."""
+    """Carry out orders until the other side closes or an order is stopped.
+
+    Raises:
+        RuntimeError: this host gives no thread to listen with.
+    """
     orders: queue.SimpleQueue[Order] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(connection, orders), daemon=True).start()
     while True:
@@ -76,6 +80,11 @@ def attempt(order: Order, work: CarryOut, say: Callable[[Message], None]) -> Out
         outcome = Outcome(
             key=order.key, ending="stopped", kind="Interrupted", error=str(interrupted)
         )
+    except Exception as error:
+        reason = explained(error)
+        if reason is None:
+            raise
+        outcome = failure(order.key, reason)
     memory.look()
     worker = f"{socket.gethostname()}:{os.getpid()}"
     return msgspec.structs.replace(outcome, peak_bytes=memory.peak_bytes, worker=worker)
@@ -116,12 +125,9 @@ def _send(connection: socket.socket, message: Message) -> None:
         return
 
 
-def main() -> None:
-    """Serve on the socket whose descriptor is the argument."""
+def main() -> NoReturn:
+    """Serve on the socket whose descriptor is the argument, and exit."""
     # Ctrl-C is the runner's business; it tells us by SIGTERM.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     serve(socket.socket(fileno=int(sys.argv[1])), carry_out)
-
-
-if __name__ == "__main__":
-    main()
+    sys.exit()

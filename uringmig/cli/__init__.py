@@ -15,6 +15,7 @@ from typing import Annotated, Final, NoReturn
 
 import typer
 
+from uringmig import stdio
 from uringmig.cli.archive import app as archive_app
 from uringmig.cli.bench import bench
 from uringmig.cli.inspect import inspect
@@ -24,7 +25,7 @@ from uringmig.cli.save import save
 from uringmig.cli.session import Session
 from uringmig.cli.verify import verify
 from uringmig.cli.version import version_lines
-from uringmig.errors import UringmigError
+from uringmig.errors import UringmigError, explained
 from uringmig.signals import SIGNAL_EXIT_CODE, Interrupted, Signals
 
 #: Also under ``python -m uringmig``: the name that usage lines and shell completion go by.
@@ -68,6 +69,7 @@ def _options(
 
 def main() -> NoReturn:
     """Run the command line of this process, and exit."""
+    stdio.prepare()
     output = Output()
     with Signals(output.restore_terminal) as signals:
         exit_code = run(sys.argv[1:], Session(output, signals))
@@ -85,21 +87,30 @@ def run(arguments: Sequence[str], session: Session) -> int:
     output = session.output
     try:
         app(args=list(arguments), prog_name=PROGRAM, obj=session)
+        exit_code = 0
     except SystemExit as ended:
-        return ended.code if isinstance(ended.code, int) else 0
+        exit_code = ended.code if isinstance(ended.code, int) else 0
     except Interrupted as interrupted:
         exit_code = SIGNAL_EXIT_CODE + interrupted.number
         output.error(str(interrupted), kind="Interrupted", exit_code=exit_code)
-        return exit_code
     except UringmigError as error:
+        exit_code = error.exit_code
         output.failed(error)
-        return error.exit_code
     except Exception as error:
-        # Python's own exit code would be 1, which says here that all is done.
-        traceback.print_exc()
-        text = f"this is a bug of uringmig: {error!r}"
-        output.error(text, kind=type(error).__name__, exit_code=BUG_EXIT_CODE)
-        return BUG_EXIT_CODE
+        exit_code = _unexpected(error, output)
     finally:
         output.close()
-    return 0
+    return output.settled(exit_code)
+
+
+def _unexpected(error: Exception, output: Output) -> int:
+    """Tell of an error that no command expects: a limit of this process, or a bug of ours."""
+    reason = explained(error)
+    if reason is not None:
+        output.failed(reason)
+        return reason.exit_code
+    # Python's own exit code would be 1, which says here that all is done.
+    traceback.print_exception(error)
+    text = f"this is a bug of uringmig: {error!r}"
+    output.error(text, kind=type(error).__name__, exit_code=BUG_EXIT_CODE)
+    return BUG_EXIT_CODE

@@ -12,6 +12,7 @@ import typer
 from uringmig.archive.directory import Archive
 from uringmig.archive.entry import Entry
 from uringmig.cli import parameters
+from uringmig.cli.output import Output
 from uringmig.cli.session import session_of
 from uringmig.units import format_size
 
@@ -48,11 +49,18 @@ def list_entries(
             unfinished=tuple(place.image for place in opened.unfinished()),
             file_bytes=sum(entry.file_bytes for entry in entries),
         )
-        for note in opened.notes:
-            output.warn(note)
+        tell_state(output, opened)
+    output.warn_all(f"{entry.name}: {entry.trouble}" for entry in entries if entry.trouble)
     names = [entry.name for entry in entries]
     output.result("archive list", listed, names if names_only else _lines(listed))
     raise typer.Exit(output.exit_code)
+
+
+def tell_state(output: Output, archive: Archive) -> None:
+    """Say what is wrong with an archive, and why its catalogue is not used."""
+    if archive.catalogue_note:
+        output.note(archive.catalogue_note)
+    output.warn_all(archive.notes)
 
 
 def _lines(listed: ArchiveList) -> list[str]:

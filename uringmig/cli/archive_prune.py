@@ -10,7 +10,7 @@ from uringmig.archive.directory import Archive
 from uringmig.archive.pruning import PruneReport
 from uringmig.archive.pruning import prune as prune_archive
 from uringmig.cli import parameters
-from uringmig.cli.archive_list import table_lines
+from uringmig.cli.archive_list import table_lines, tell_state
 from uringmig.cli.session import session_of
 from uringmig.units import format_size
 
@@ -30,6 +30,10 @@ def prune(
     keep_monthly: Annotated[
         int, typer.Option("--keep-monthly", metavar="N", help="The newest of each of N months.")
     ] = 0,
+    forget: Annotated[
+        list[str] | None,
+        typer.Option("--forget", metavar="NAME", help="Drop this damaged or missing entry."),
+    ] = None,
     vm: parameters.OnlyVm = None,
     delete: Annotated[
         bool, typer.Option("--delete", help="Really remove; otherwise it is only said what would.")
@@ -48,10 +52,13 @@ def prune(
             keep_weekly=keep_weekly,
             keep_monthly=keep_monthly,
             vm=vm,
+            forget=forget or (),
             delete=delete,
         )
-        for note in opened.notes:
-            output.warn(note)
+        tell_state(output, opened)
+    for decision in report.decisions:
+        if decision.keep and decision.entry.trouble:
+            output.warn(f"{decision.entry.name}: {decision.entry.trouble}")
     output.result("archive prune", report, _lines(report))
     raise typer.Exit(output.exit_code)
 

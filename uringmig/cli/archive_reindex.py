@@ -16,14 +16,16 @@ def reindex(
     quiet: parameters.Quiet = False,
     verbose: parameters.Verbose = False,
 ) -> None:
-    """Make an archive's catalogue anew from its manifests alone; the old one may be damaged."""
+    """Make an archive's catalogue anew from its manifests; the old one may be damaged."""
     output = session_of(context, json=json, quiet=quiet, verbose=verbose).output
     report = reindex_archive(archive)
     for problem in report.problems:
         output.warn(problem)
     lines = [
-        f"{report.path}: {report.entries} entries in the catalogue, {len(report.problems)} files "
-        f"that are none; {report.kept_verification} keep what verification had found"
+        f"{report.path}: {report.entries} entries in the catalogue, {len(report.problems)} "
+        f"problems with files; {report.kept_verification} keep what verification had found"
     ]
+    if report.set_aside:
+        lines.append(f"the old catalogue could not be used, it is now {report.set_aside}")
     output.result("archive reindex", report, lines)
     raise typer.Exit(output.exit_code)

@@ -11,6 +11,7 @@ import typer
 from uringmig.archive.directory import Archive
 from uringmig.archive.restoring import RestoreResult, restore_file, restore_into
 from uringmig.cli import parameters
+from uringmig.cli.archive_list import tell_state
 from uringmig.cli.session import Session, session_of
 from uringmig.errors import StateError
 from uringmig.options import ReadOptions, WriteOptions
@@ -66,6 +67,7 @@ def restore(
                 write=options.like(WriteOptions),
                 progress=session.progress,
             )
+        tell_state(session.output, opened)
     for note in done.notes:
         session.output.note(note)
     session.output.result("archive restore", done, _lines(name, done))

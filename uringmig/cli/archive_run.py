@@ -102,6 +102,7 @@ def run(
         )
         # Ended before the ledger is: no worker writes to an archive that is not locked.
         pool = stack.enter_context(closing(_pool(scheduler, workers)))
+        session.output.warn_all(ledger.warnings)
         if dry_run:
             run = Run(ledger, pool, stop=lambda: session.signals.number)
             _show_plan(session, ledger, run)

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import typer
 
-from uringmig.archive.catalogue import Damage
+from uringmig.archive.damagenotes import Damage
 from uringmig.archive.directory import Archive
 from uringmig.archive.entry import Entry
 from uringmig.cli import parameters
-from uringmig.cli.archive_list import table_lines
+from uringmig.cli.archive_list import table_lines, tell_state
 from uringmig.cli.session import session_of
 from uringmig.units import format_size
 
@@ -36,6 +36,7 @@ def show(
     with Archive.open(archive, write=False) as opened:
         entry = opened.find(name)
         damage = opened.damage(name)
+        tell_state(output, opened)
     shown = EntryShown(entry=entry, damage=tuple(damage))
     output.result("archive show", shown, _lines(shown))
     raise typer.Exit(output.exit_code)

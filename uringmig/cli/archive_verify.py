@@ -9,6 +9,7 @@ import typer
 from uringmig.archive.checking import ArchiveCheck, EntryCheck, verify_archive
 from uringmig.archive.directory import Archive
 from uringmig.cli import parameters
+from uringmig.cli.archive_list import tell_state
 from uringmig.cli.session import session_of
 from uringmig.errors import MismatchError
 from uringmig.options import ReadOptions
@@ -69,13 +70,13 @@ def verify(
             options=options,
             progress=session.progress,
         )
-        for problem in opened.notes:
-            output.warn(problem)
+        tell_state(output, opened)
     for note in dict.fromkeys(note for entry in report.entries for note in entry.notes):
         output.note(note)
     for note in report.notes:
         output.warn(note)
-    exit_code = MismatchError.exit_code if report.damaged else output.exit_code
+    wrong = report.damaged or report.known_damaged
+    exit_code = MismatchError.exit_code if wrong else output.exit_code
     output.result("archive verify", report, _lines(report, verbose=verbose), exit_code=exit_code)
     raise typer.Exit(exit_code)
 
@@ -87,9 +88,13 @@ def _lines(report: ArchiveCheck, *, verbose: bool) -> list[str]:
         if verbose or entry.damage:
             lines.append(_line(entry))
         lines += [f"{entry.name}: {damage.text}" for damage in entry.damage]
+    lines += [
+        f"{name}: known to be damaged or missing, and not found whole now"
+        for name in report.known_damaged
+    ]
     rate = report.checked_bytes / report.seconds / 1e6 if report.seconds else 0.0
     lines.append(
-        f"{report.path}: {report.damaged or 'none'} of {len(report.entries)} entries damaged, "
+        f"{report.path}: {_sum(report)} of {len(report.entries)} entries damaged, "
         f"{format_size(report.checked_bytes)} compared in {report.seconds:.2f} s ({rate:.0f} MB/s)"
     )
     if report.not_reached:
@@ -102,3 +107,9 @@ def _line(entry: EntryCheck) -> str:
     state = f"damaged in {len(entry.damage)} places" if entry.damage else "no damage found"
     rest = "" if entry.pass_ended else ", the rest another time"
     return f"{entry.name}: {state}, {entry.checked_chunks} of {entry.chunks} chunks{rest}"
+
+
+def _sum(report: ArchiveCheck) -> str:
+    """How many were damaged, in words."""
+    found = str(report.damaged or "none")
+    return found + (f" (and {len(report.known_damaged)} known)" if report.known_damaged else "")

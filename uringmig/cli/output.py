@@ -9,14 +9,12 @@ not want is dropped.
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, Final, TextIO
 
 import msgspec
@@ -24,6 +22,7 @@ from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from uringmig import stdio
 from uringmig.errors import BytesError, StorageError, UringmigError
 from uringmig.progress import Phase, Snapshot
 from uringmig.units import format_size
@@ -38,12 +37,10 @@ _WARNED: Final = 1
 class Output:
     """Where one run of the command line writes to, and how.
 
-    Attributes:
-        exit_code: 0, or 1 once there was a warning.
+    The process' standard streams are those of `uringmig.stdio`: writing to them never fails.
     """
 
     def __init__(self) -> None:
-        self.exit_code = 0
         self._json = self._quiet = self._verbose = False
         self._bar: _Bar | None = None
         self._live: Live | None = None
@@ -51,9 +48,12 @@ class Output:
         self._told_phase: Phase | None = None
         self._notes: list[str] = []
         self._warnings: list[str] = []
-        for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(errors="backslashreplace")
+
+    @property
+    def exit_code(self) -> int:
+        """0, or 1 once there was a warning, or something could not be written."""
+        lost = stdio.trouble(sys.stdout) or stdio.trouble(sys.stderr)
+        return _WARNED if self._warnings or lost else 0
 
     def set_up(self, *, json: bool, quiet: bool, verbose: bool) -> None:
         """Take a command's options."""
@@ -109,8 +109,12 @@ class Output:
     def warn(self, text: str) -> None:
         """Say something that makes the exit code 1."""
         self._warnings.append(text)
-        self.exit_code = _WARNED
         self._complain(f"warning: {text}")
+
+    def warn_all(self, texts: Iterable[str]) -> None:
+        """Say several things that make the exit code 1."""
+        for text in texts:
+            self.warn(text)
 
     def result(
         self, command: str, value: object, lines: Sequence[str], *, exit_code: int | None = None
@@ -169,10 +173,17 @@ class Output:
             bar, self._bar = self._bar, None
             bar.stop()
 
+    def settled(self, exit_code: int) -> int:
+        """What the process ends with: nothing is wholly done of which the outcome was not told."""
+        if (lost := stdio.trouble(sys.stdout)) is not None:
+            self._complain(f"warning: {lost}")
+        return max(exit_code, self.exit_code)
+
     def restore_terminal(self) -> None:
         """Show the cursor again, which the bar hides, before an exit without clean-up."""
         if self._bar is not None or self._live is not None:
-            os.write(sys.stderr.fileno(), _SHOW_CURSOR.encode())
+            with suppress(OSError):
+                os.write(sys.stderr.fileno(), _SHOW_CURSOR.encode())
 
     def _tell(self, snapshot: Snapshot) -> None:
         """Write a progress event, unless the last one was just now."""
@@ -204,17 +215,8 @@ class Output:
         self._write(sys.stdout, json.dumps(value, default=_plain))
 
     def _write(self, stream: TextIO, line: str) -> None:
-        """Write a line at once; if that cannot be done, drop it and all that follows."""
-        try:
-            print(line, file=stream, flush=True)
-        except OSError as error:
-            # The interpreter flushes once more when it ends, and would say so if that failed.
-            with Path(os.devnull).open("wb") as nowhere:
-                os.dup2(nowhere.fileno(), stream.fileno())
-            if not isinstance(error, BrokenPipeError):
-                self.exit_code = _WARNED
-                if stream is not sys.stderr:
-                    self._complain(f"warning: cannot write the output: {error.strerror}")
+        """Write a line at once."""
+        print(line, file=stream, flush=True)
 
 
 class _Bar:

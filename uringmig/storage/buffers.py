@@ -7,7 +7,7 @@ import mmap
 import numpy as np
 from numpy.typing import NDArray
 
-from uringmig.errors import HostError
+from uringmig.errors import LimitError
 
 
 def aligned_buffer(length_bytes: int) -> NDArray[np.uint8]:
@@ -16,12 +16,12 @@ def aligned_buffer(length_bytes: int) -> NDArray[np.uint8]:
     An anonymous mapping: aligned by nature, and given back to the system when the last view dies.
 
     Raises:
-        HostError: this machine has no room for it, or too many of them have been made.
+        LimitError: this machine has no room for it, or too many of them have been made.
     """
     try:
         return np.frombuffer(mmap.mmap(-1, length_bytes), np.uint8)
     except OSError as error:
-        raise HostError(
+        raise LimitError(
             f"no buffer of {length_bytes} bytes to be had ({error.strerror}); "
             "fewer channels, a smaller depth or block size need less"
         ) from None
