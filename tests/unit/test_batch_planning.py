@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,3 +62,17 @@ def test_archive_below_a_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     number, _ = free_space(str(tmp_path / "file" / "archive"))
     assert number == tmp_path.stat().st_dev
+
+
+def test_a_bound_alone_refuses_no_plan() -> None:
+    """A stream of 9 times 100 bytes may hold one page nine times over: nobody knows before."""
+    certain = row("a", "/x", 60)
+    bound = replace(row("b", "/x", 900), at_most=True)
+    plan = make_plan([certain, bound], {"/x": (1, 100)}, unfinished=NONE)
+    plan.check()
+    [space] = plan.spaces
+    assert (space.needed_bytes, space.least_bytes, space.fits) == (960, 60, True)
+    assert plan.warnings == ["/x: may not fit: the plan needs at most 960 B, and 100 B are free"]
+    with pytest.raises(StorageError, match="the plan needs 110 B"):
+        make_plan([row("c", "/x", 110), bound], {"/x": (1, 100)}, unfinished=NONE).check()
+    assert make_plan([certain], {"/x": (1, 100)}, unfinished=NONE).warnings == []

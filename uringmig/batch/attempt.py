@@ -7,7 +7,7 @@ those of the tree, and every one leaves nothing under the entry's name.
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -29,8 +29,11 @@ from uringmig.batch.messages import (
     Order,
     OrderResult,
 )
+from uringmig.batch.planning import PlanRow, free_space, make_plan, taken_by_partial
 from uringmig.contents.memoryfiles import MemoryFileBlock, open_memory
-from uringmig.contents.opening import open_contents
+from uringmig.contents.opening import look_at, open_contents
+from uringmig.contents.plainfile import PlainFileContents
+from uringmig.contents.plainlook import PlainLook
 from uringmig.contents.source import Contents, all_rows
 from uringmig.errors import BytesError, PeerError, StateError
 from uringmig.options import PAGE_SIZE, ReadOptions
@@ -73,28 +76,45 @@ def examine(job: Job) -> Estimate:
             total = sum(memory.length_bytes for memory in memories.values())
             stored = sum(memory.data_bytes() for memory in memories.values())
         return _estimate(job, kind="qmp", total=total, stored=stored, dense=0, ratio=1.0)
-    with open_source(job) as contents:
-        sizes = [block.used_length for block in contents.blocks]
+    with _look_at_source(job) as source:
+        sizes = [block.used_length for block in source.blocks]
         dense_up_to = job.options(rate=0).dense_up_to
-        live = contents.kind in LIVE_KINDS
+        live = source.kind in LIVE_KINDS
+        only_looked_at = isinstance(source, PlainLook)
         return _estimate(
             job,
-            kind=contents.kind,
+            kind=source.kind,
             total=sum(sizes),
-            stored=contents.stored_bytes(),
+            stored=source.stored_bytes(),
             dense=sum(size for size in sizes if size <= dense_up_to),
-            ratio=1.0 if live or job.tier == "hot" else _sampled_ratio(contents, job.level),
-            fingerprint="" if live else contents.fingerprint(),
+            ratio=1.0 if live or job.tier == "hot" else _sampled_ratio(source, job.level),
+            fingerprint="" if live else source.fingerprint(),
+            at_most=only_looked_at,
         )
 
 
-def open_source(job: Job) -> Contents:
+def _look_at_source(job: Job) -> Contents | PlainLook:
+    """Open a source for a plan: no more is read of it than a few MiB, whatever its size."""
+    if isinstance(job.source, ImageSource):
+        image, offset = job.source.image, job.source.offset
+        if offset or not is_cold(image):
+            look = look_at(image, offset=offset or None)
+            if look is not None:
+                return look
+    return open_source(job, rate=0)
+
+
+def open_source(job: Job, *, rate: int) -> Contents:
     """Open the source of a job that needs no running QEMU; the caller closes it.
+
+    Args:
+        job: whose.
+        rate: at which it may be read, in opening too; 0 is as the job says.
 
     Raises:
         UringmigError: it cannot be read.
     """
-    options = job.options(rate=0).like(ReadOptions)
+    options = job.options(rate=rate).like(ReadOptions)
     match job.source:
         case ImageSource(image, offset):
             if not offset and is_cold(image):
@@ -118,7 +138,9 @@ def archive(order: Archive, tell: ProgressCallback) -> Archived:
     """
     source = order.job.source
     if not isinstance(source, QmpSource):
-        with open_source(order.job) as contents:
+        with open_source(order.job, rate=order.rate) as contents:
+            if isinstance(contents, PlainFileContents):
+                _check_room(order, contents)
             return _archived(order, contents, _write(order, contents, tell), tell)
     written: TierResult | None = None
     warnings: list[str] = []
@@ -137,6 +159,27 @@ def archive(order: Archive, tell: ProgressCallback) -> Archived:
     return _archived(
         order, contents, written, tell, stopped_seconds=stopped_seconds, warnings=warnings
     )
+
+
+def _check_room(order: Archive, contents: PlainFileContents) -> None:
+    """Refuse a stream that does not fit, now that its pages are counted; its plan could not know.
+
+    Raises:
+        StorageError: names what is needed and what is free.
+    """
+    job = order.job
+    if job.tier == "cold" or order.previous is not None:
+        return  # how much it compresses, or shares, shows only in writing it
+    total = sum(block.used_length for block in contents.blocks)
+    row = PlanRow(
+        job=job.name,
+        entry=order.entry,
+        archive=job.archive,
+        tier=job.tier,
+        file_bytes=_file_bytes(contents.stored_bytes(), total),
+    )
+    unfinished = {job.archive: taken_by_partial(order.image)}
+    make_plan([row], {job.archive: free_space(job.archive)}, unfinished=unfinished).check()
 
 
 def _write(order: Archive, contents: Contents, tell: ProgressCallback) -> TierResult:
@@ -237,6 +280,7 @@ def _estimate(
     dense: int,
     ratio: float,
     fingerprint: str = "",
+    at_most: bool = False,
 ) -> Estimate:
     """Sizes and disks of a job; see `Estimate`.
 
@@ -248,37 +292,45 @@ def _estimate(
         dense: bytes in blocks that are written whole.
         ratio: bytes that a byte of pages takes.
         fingerprint: of the source.
+        at_most: ``stored`` is a bound, not a count.
     """
     # Of the other kinds only the device state, if anything, is on a disk.
     sources = disks_of(job.source.image) if isinstance(job.source, ImageSource) else ()
-    bitmaps = div_ceil(total, PAGE_SIZE * 8)
     return Estimate(
         kind=kind,
         memory_bytes=total,
         stored_bytes=stored,
-        file_bytes=round((stored + dense) * ratio) + bitmaps + _OVERHEAD_BYTES,
+        file_bytes=_file_bytes(round(min(stored + dense, total) * ratio), total),
+        at_most=at_most,
         fingerprint=fingerprint,
         source_disks=sources,
         archive_disks=disks_of(job.archive),
     )
 
 
-def _sampled_ratio(contents: Contents, level: int) -> float:
-    """Bytes that a byte of pages takes compressed, by windows spread over the whole guest."""
-    rows = all_rows(contents.blocks)
-    step = div_ceil(max(1, len(rows)), _SAMPLED_WINDOWS)
+def _file_bytes(pages_bytes: int, memory_bytes: int) -> int:
+    """What an image takes on the disk: pages, bitmaps, and the rest."""
+    return pages_bytes + div_ceil(memory_bytes, PAGE_SIZE * 8) + _OVERHEAD_BYTES
+
+
+def _sampled_ratio(source: Contents | PlainLook, level: int) -> float:
+    """Bytes that a byte of pages takes compressed, by pieces spread over the whole source."""
     compressor = zstandard.ZstdCompressor(level=level)
     before = after = 0
+    for piece in source.samples() if isinstance(source, PlainLook) else _samples(source):
+        before += len(piece)
+        after += len(compressor.compress(piece))
+    return min(1.0, after / before) if before else 1.0
+
+
+def _samples(contents: Contents) -> Iterator[bytes | memoryview]:
+    """What windows spread over a whole guest hold."""
+    rows = all_rows(contents.blocks)
+    step = div_ceil(max(1, len(rows)), _SAMPLED_WINDOWS)
     for window in contents.windows(rows[::step]):
         if window.data is None:
-            pieces = [window.memory]
-        else:
-            pieces = [
-                window.memory[start : start + length]
-                for start, length in zip(
-                    window.data.start.tolist(), window.data.length.tolist(), strict=True
-                )
-            ]
-        before += sum(len(piece) for piece in pieces)
-        after += sum(len(compressor.compress(piece.data)) for piece in pieces)
-    return min(1.0, after / before) if before else 1.0
+            yield window.memory.data
+            continue
+        extents = zip(window.data.start.tolist(), window.data.length.tolist(), strict=True)
+        for start, length in extents:
+            yield window.memory[start : start + length].data

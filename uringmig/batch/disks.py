@@ -38,11 +38,17 @@ _TICK_NS: Final = 200_000_000
 
 
 def disks_of(path: str | os.PathLike[str]) -> tuple[Disk, ...]:
-    """The disks below a file, or below the nearest folder above it that exists; sorted by name."""
+    """The disks below a file, or below the nearest folder above it that exists; sorted by name.
+
+    None where that cannot be looked at: whoever opens the file is told why.
+    """
     at = Path(path)
-    while not at.exists() and at != at.parent:
-        at = at.parent
-    number = at.stat().st_dev
+    try:
+        while not at.exists() and at != at.parent:
+            at = at.parent
+        number = at.stat().st_dev
+    except OSError:
+        return ()
     nodes = [_DEVICES / f"{os.major(number)}:{os.minor(number)}"]
     if not nodes[0].exists():
         # btrfs and overlays have numbers of their own; what is mounted names the device.

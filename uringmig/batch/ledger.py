@@ -21,10 +21,10 @@ from uringmig.archive.entry import Entry
 from uringmig.batch import journal
 from uringmig.batch.job import TIME_FIELD, JobFile, entry_name
 from uringmig.batch.messages import Archived
+from uringmig.batch.planning import taken_by_partial
 from uringmig.batch.record import RunRecord, read_state
 from uringmig.batch.state import JobState
 from uringmig.errors import StateError, StorageError, UringmigError
-from uringmig.storage.publication import PARTIAL
 
 TIME_FORMAT: Final = "%Y%m%dT%H%M%SZ"
 
@@ -218,7 +218,7 @@ class Ledger:
         opened = self._archives.get(archive)
         if opened is None:
             return 0
-        return sum(allocated_bytes(place) for place in opened.unfinished())
+        return sum(taken_by_partial(place.image) for place in opened.unfinished())
 
     def end(self) -> None:
         """Note that every job is through."""
@@ -294,14 +294,6 @@ class Ledger:
 
     def _place(self, archive: str, name: str, tier: str) -> Place:
         return self._archives[archive].place(name, "cold" if tier == "cold" else "hot")
-
-
-def allocated_bytes(place: Place) -> int:
-    """What an unfinished copy takes on its disk."""
-    try:
-        return Path(f"{place.image}{PARTIAL}").stat().st_blocks * 512
-    except OSError:
-        return 0
 
 
 def describe_entry(entry: Entry) -> Archived:

@@ -128,6 +128,8 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True, tag="estimate"):
         memory_bytes: the guest's memory.
         stored_bytes: of it, in pages that are not known to be zero: what is read and written.
         file_bytes: what the entry takes on the disk, at most; for a cold one by a sample.
+        at_most: both are bounds from the source's length, and it may be far less: to count them it
+            would have to be read whole.
         fingerprint: of the source; "" where it cannot have one.
         source_disks: where it is read from; none for memory.
         archive_disks: where it is written to.
@@ -140,6 +142,7 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True, tag="estimate"):
     fingerprint: str
     source_disks: tuple[Disk, ...]
     archive_disks: tuple[Disk, ...]
+    at_most: bool = False
 
 
 class MeasuredDepth(msgspec.Struct, frozen=True, kw_only=True, tag="depth"):

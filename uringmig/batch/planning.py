@@ -10,6 +10,7 @@ from pathlib import Path
 
 from uringmig.batch.job import Tier
 from uringmig.errors import StorageError
+from uringmig.storage.publication import PARTIAL
 from uringmig.units import format_size
 
 
@@ -22,6 +23,8 @@ class PlanRow:
         kind: of the source; "" where it could not be looked at.
         stored_bytes: of the guest's memory, in pages that are not known to be zero.
         file_bytes: what the entry takes at most.
+        at_most: it may well take far less, so it alone is no reason to refuse the plan.
+        stored_at_most: so is ``stored_bytes``.
         done: why there is nothing to do, or "".
         problem: why it is not known what there is to do, or "".
         warning: what will not be as asked for, or "".
@@ -35,6 +38,8 @@ class PlanRow:
     memory_bytes: int = 0
     stored_bytes: int = 0
     file_bytes: int = 0
+    at_most: bool = False
+    stored_at_most: bool = False
     done: str = ""
     problem: str = ""
     warning: str = ""
@@ -45,18 +50,31 @@ class Space:
     """One file system and what its archives ask of it; bytes.
 
     Attributes:
+        needed_bytes: at most.
+        least_bytes: of it, without the jobs that may well take far less than their most.
         free_bytes: with what interrupted copies take there; None where the file system does not
             say, as ramfs and some FUSE do not.
     """
 
     archives: tuple[str, ...]
     needed_bytes: int
+    least_bytes: int
     free_bytes: int | None
 
     @property
     def fits(self) -> bool:
-        """It holds what is asked, as far as that is known."""
-        return self.free_bytes is None or self.needed_bytes <= self.free_bytes
+        """Nothing that is known says that it does not hold what is asked."""
+        return self.free_bytes is None or self.least_bytes <= self.free_bytes
+
+    @property
+    def warning(self) -> str:
+        """Why it may yet not hold it, or ""."""
+        if self.free_bytes is None or not self.fits or self.needed_bytes <= self.free_bytes:
+            return ""
+        return (
+            f"{', '.join(self.archives)}: may not fit: the plan needs at most "
+            f"{format_size(self.needed_bytes)}, and {format_size(self.free_bytes)} are free"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +93,11 @@ class Plan:
             if space.free_bytes is None
         )
 
+    @property
+    def warnings(self) -> list[str]:
+        """File systems that may not hold what is asked."""
+        return [space.warning for space in self.spaces if space.warning]
+
     def check(self) -> None:
         """Refuse a plan that cannot fit.
 
@@ -84,8 +107,8 @@ class Plan:
         for space in self.spaces:
             if space.free_bytes is not None and not space.fits:
                 raise StorageError(
-                    f"the plan needs {format_size(space.needed_bytes)} "
-                    f"({space.needed_bytes} bytes) here, and "
+                    f"the plan needs {format_size(space.least_bytes)} "
+                    f"({space.least_bytes} bytes) here, and "
                     f"{format_size(space.free_bytes)} ({space.free_bytes} bytes) are free",
                     path=", ".join(space.archives),
                     cure="make room (archive prune), or archive fewer VMs or in tier cold",
@@ -114,6 +137,9 @@ def make_plan(
             Space(
                 archives=tuple(names),
                 needed_bytes=sum(row.file_bytes for row in rows if row.archive in names),
+                least_bytes=sum(
+                    row.file_bytes for row in rows if row.archive in names and not row.at_most
+                ),
                 free_bytes=None
                 if (left := free[names[0]][1]) is None
                 else left + sum(unfinished[name] for name in names),
@@ -140,3 +166,11 @@ def free_space(archive: str) -> tuple[int, int | None]:
     except OSError as error:
         raise StorageError("cannot look at the free space", errno=error.errno, path=at) from None
     return number, found.f_bavail * found.f_frsize if found.f_blocks else None
+
+
+def taken_by_partial(image: str | os.PathLike[str]) -> int:
+    """What an interrupted copy takes on the disk; 0 where there is none."""
+    try:
+        return Path(f"{os.fspath(image)}{PARTIAL}").stat().st_blocks * 512
+    except OSError:
+        return 0

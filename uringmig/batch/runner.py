@@ -117,7 +117,7 @@ class Run:
             outcome = outcomes.get(state.job.name)
             if outcome is not None:
                 self._examined(state, outcome)
-        rows = [self._with_warning(state, _plan_row(state)) for state in self._states]
+        rows = [self._with_sharing(state, _plan_row(state)) for state in self._states]
         archives = self._ledger.archives
         plan = make_plan(
             rows,
@@ -127,13 +127,14 @@ class Run:
         self._ledger.notes += plan.notes
         return plan
 
-    def _with_warning(self, state: JobState, row: PlanRow) -> PlanRow:
-        """Say in the plan, and on the first night, that pages cannot be shared."""
+    def _with_sharing(self, state: JobState, row: PlanRow) -> PlanRow:
+        """Say in the plan, and on the first night, that pages cannot be shared, if it is so."""
         if state.final:
             return row
         trouble, begun = self._ledger.sharing_trouble(state)
         if trouble is None:
-            return row
+            # What is shared with the earlier image takes no room.
+            return replace(row, at_most=row.at_most or begun)
         if not begun:  # later on each attempt says it
             state.warnings.append(f"later images will share nothing: {trouble}")
         return replace(row, warning=f"nothing will be shared: {trouble}")
@@ -442,18 +443,21 @@ def _plan_row(state: JobState) -> PlanRow:
         memory_bytes=estimate.memory_bytes,
         stored_bytes=estimate.stored_bytes,
         file_bytes=estimate.file_bytes,
+        at_most=estimate.at_most,
+        stored_at_most=estimate.at_most,
     )
 
 
 def _unseen(job: Job) -> Estimate:
     """What is known of a job whose source could not be looked at."""
+    source = job.source.image if isinstance(job.source, ImageSource) else None
     return Estimate(
         kind="",
         memory_bytes=0,
         stored_bytes=0,
         file_bytes=0,
         fingerprint="",
-        source_disks=(),
+        source_disks=() if source is None else disks_of(source),
         archive_disks=disks_of(job.archive),
     )
 

@@ -147,11 +147,14 @@ def _run(
     if ledger.resumed:
         output.note(f"going on with the run of {ledger.time}, which was interrupted")
     try:
-        run.plan().check()
+        plan = run.plan()
+        plan.check()
     except StorageError:
         # Nothing was begun that a later run could go on with.
         ledger.end()
         raise
+    for warning in plan.warnings:
+        output.note(warning)
     notifier.ready()
     summary = run.execute()
     notifier.stopping()
@@ -205,6 +208,8 @@ def _show_plan(session: Session, ledger: Ledger, run: Run) -> None:
             output.warn(f"job {row.job}: {problem}")
     for note in plan.notes:
         output.note(note)
+    for warning in plan.warnings:
+        output.warn(warning)
     shown = PlanShown(job_file=ledger.job_file.path, plan=plan, fits=True)
     output.result("archive run", shown, _plan_lines(plan))
     raise typer.Exit(output.exit_code)
@@ -217,6 +222,8 @@ def _plan_lines(plan: Plan) -> list[str]:
     for row in plan.rows:
         sizes = (row.memory_bytes, row.stored_bytes, row.file_bytes)
         known = [format_size(size) for size in sizes] if row.kind else ["", "", ""]
+        if row.kind and row.stored_at_most:
+            known[1] = f"<= {known[1]}"
         state = row.kind or row.done or row.problem
         rows.append((row.job, row.entry, row.tier, state, *known))
     return table_lines(rows) + [

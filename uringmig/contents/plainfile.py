@@ -2,8 +2,8 @@
 
 Pages lie where they came, not where they belong, and one that the guest changed meanwhile comes
 again: the last one counts. So opening reads the file once, for an index of each page's last place
-(8 bytes a page of what is stored, see `PageIndex`), and `windows` reads it a second time. Neither
-leaves anything in the page cache where O_DIRECT can be had.
+(8 bytes a page of what is stored, see `PageIndex`), and `windows` reads it a second time; both at
+the rate of the options. Neither leaves anything in the page cache where O_DIRECT can be had.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uringmig.channel import ChannelFile
+from uringmig.contents.plainlook import begin_reading, stream_fingerprint
 from uringmig.contents.source import ContentsBlock, Row, WindowRead, row_of, window_of
-from uringmig.contents.sourcefile import FileVersion, digest_of
+from uringmig.contents.sourcefile import FileVersion
 from uringmig.contents.windowstream import (
     extents_of,
     read_in_order,
@@ -34,8 +35,6 @@ from uringmig.format.headers import Configuration
 from uringmig.format.mainstream import MainStreamReader
 from uringmig.format.plainrecords import ABSENT, PageIndex
 from uringmig.format.plainstate import PlainState
-from uringmig.format.plainstream import read_opening
-from uringmig.image.parse import MEMORY_BYTES_MAX, read_description
 from uringmig.iobatch import IoPlan
 from uringmig.options import PAGE_SIZE, WINDOW_BYTES, ReadOptions
 from uringmig.pages.runs import PageRuns
@@ -43,19 +42,14 @@ from uringmig.plan import Window, plan_runs, windows_of
 from uringmig.storage.choice import EngineChoice, choose_engine
 from uringmig.storage.directfile import open_direct
 from uringmig.storage.engine import Operation
-from uringmig.storage.mainfile import READ_BYTES, open_for_reading
-from uringmig.units import GiB, TiB, align_down
+from uringmig.storage.mainfile import open_for_reading
+from uringmig.units import GiB, align_down
 
 _WINDOW_PAGES: Final = WINDOW_BYTES // PAGE_SIZE
 #: Any 4 KiB of a file touch at most two of its 4-KiB pages.
 _STAGING_BYTES: Final = 2 * WINDOW_BYTES
 #: A file is indexed in stretches: how long it says it is, a hole for the most part, costs nothing.
 _STRETCH_BYTES: Final = 4 * GiB
-#: Memory a stream may claim beyond what its length accounts for. QEMU leaves out pages that a
-#: device says are of no use (virtio-mem, free page hints), and has at least a ZERO record of 9
-#: bytes for every other: a short file that claims more is not a guest.
-_UNNAMED_BYTES_MAX: Final = 4 * TiB
-_RECORD_BYTES_LEAST: Final = 9
 
 
 class PlainFileContents:
@@ -111,6 +105,7 @@ class PlainFileContents:
             rest = self._main.read_at(self._whole_bytes, self._version.size - self._whole_bytes)
             self._rest = np.frombuffer(rest, np.uint8)
             self._index = PageIndex()
+            self._fingerprint = stream_fingerprint(kind, self._version, self._main, offset)
             self._state = self._scan()
             self._undo = undo.pop_all()
         self.blocks = tuple(ContentsBlock(*block) for block in self._state.blocks)
@@ -144,10 +139,8 @@ class PlainFileContents:
         return PAGE_SIZE * self._index.page_count()
 
     def fingerprint(self) -> str:
-        """See `Contents`: the file's version, and its device state and blocks."""
-        names = repr(self._state.blocks).encode()
-        stream = digest_of(self.device_state().tail, self._state.configuration.pack(), names)
-        return f"{self.kind} {self._version} {self._base:x} {stream}"
+        """See `Contents`."""
+        return self._fingerprint
 
     def windows(self, rows: Sequence[Row]) -> Iterator[WindowRead]:
         """See `Contents`; windows without a stored page cost no reading and come first."""
@@ -201,13 +194,7 @@ class PlainFileContents:
 
     def _scan(self) -> PlainState:
         """Read the whole stream once, for its pages' places and all the rest."""
-        size = self._version.size
-        named = size // _RECORD_BYTES_LEAST * PAGE_SIZE
-        state = PlainState(min(MEMORY_BYTES_MAX, _UNNAMED_BYTES_MAX + named))
-        if read_opening(self._main.read_at(self._base, READ_BYTES), at=self._base).mapped_ram:
-            raise FormatError("not a plain migration stream but mapped-ram", offset=self._base)
-        reader = MainStreamReader(base=self._base, file_size=size, index=self._index)
-        reader.set_description(read_description(self._main, base=self._base))
+        reader, state = begin_reading(self._main, self._base, self._version.size, self._index)
         with closing(self._pieces()) as pieces:
             for piece in pieces:
                 skipped = max(0, self._base - piece.row * WINDOW_BYTES)
