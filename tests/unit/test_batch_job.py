@@ -177,3 +177,40 @@ def test_a_damaged_file_is_read_or_refused(noise: str, at: int) -> None:
     text = WHOLE[:at] + noise + WHOLE[at:]
     with contextlib.suppress(StateError):
         assert parse(text).jobs
+
+
+PATHS = {
+    "jobs[0].archive": 'archive = "{}"\n[[jobs]]\nname = "a"\nsource = {{ qmp = "x" }}',
+    "jobs[0].source.image": 'archive = "a"\n[[jobs]]\nname = "a"\nsource = {{ image = "{}" }}',
+    "jobs[0].source.qmp": 'archive = "a"\n[[jobs]]\nname = "a"\nsource = {{ qmp = "{}" }}',
+    "jobs[0].source.memory.'r'": (
+        'archive = "a"\n[[jobs]]\nname = "a"\n'
+        'source = {{ memory = {{ r = "{}" }}, device_state = "d" }}'
+    ),
+    "jobs[0].source.device_state": (
+        'archive = "a"\n[[jobs]]\nname = "a"\n'
+        'source = {{ memory = {{ r = "r" }}, device_state = "{}" }}'
+    ),
+    "devices.'{}'": (
+        'archive = "a"\n[[jobs]]\nname = "a"\nsource = {{ qmp = "x" }}\n[devices."{}"]\ndepth = 1'
+    ),
+}
+
+
+@pytest.mark.parametrize("place", PATHS)
+@pytest.mark.parametrize("path", ["~/a", "~", "~root/a", "$HOME/a", "${{HOME}}/a", "", "a\\u0000b"])
+def test_a_path_that_only_a_shell_understands_is_refused(place: str, path: str) -> None:
+    """Taken literally it would be a folder of that name, found when it is full."""
+    path = path.replace("{{", "{").replace("}}", "}")
+    with pytest.raises(StateError) as caught:
+        parse("[defaults]\n" + PATHS[place].format(path))
+    line = str(caught.value)
+    assert line.startswith(f"{PATH}: {place.format(path) if '{' not in path else ''}"[:30])
+    assert "expected a path" in line
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize("place", PATHS)
+@pytest.mark.parametrize("path", ["./~", "a~", "/x/~y", "5$", "$", "a b", "..", "-x"])
+def test_other_paths_are_taken_as_they_are(place: str, path: str) -> None:
+    assert parse("[defaults]\n" + PATHS[place].format(path)).jobs

@@ -238,8 +238,17 @@ class Archive:
             StateError: no entry can have this name, or one has it.
         """
         self._check_writable()
-        check_name(name)
+        self.check_free(name)
         image = image_path(self.path, name, tier)
+        return Place(image, journal_path(image))
+
+    def check_free(self, name: str) -> None:
+        """Refuse a name that no new entry can have.
+
+        Raises:
+            StateError: says why.
+        """
+        check_name(name)
         row = self._find(name).row
         if row is not None and not row.entry.is_sound:
             raise StateError(
@@ -250,7 +259,6 @@ class Archive:
             for path in (other, manifest_path(other), note_path(other)):
                 if path.exists() or path.is_symlink():
                     raise StateError(f"{path}: there already is something of this name")
-        return Place(image, journal_path(image))
 
     def add(self, image: str | os.PathLike[str]) -> Entry:
         """Put an image, published with its manifest in this folder, into the catalogue.

@@ -40,6 +40,23 @@ def make_folder(folder: Path) -> None:
         sync_folder(folder.parent)
 
 
+def has_archive(folder: Path) -> bool:
+    """Say whether there is an archive, or only a place where `make_folder` can make one.
+
+    Raises:
+        StateError: what is there is no archive, and none can be made of it.
+        StorageError: it cannot be made there, or not be looked at.
+    """
+    if not os.path.lexists(folder):
+        try:
+            os.listdir(folder.parent)  # noqa: PTH208 - to be told why not
+        except OSError as error:
+            raise StorageError("cannot make the archive", errno=error.errno, path=folder) from None
+        return False
+    check_folder(folder, empty=True)
+    return bool(file_names(folder) - _EMPTY)
+
+
 def check_folder(folder: Path, *, empty: bool = False) -> None:
     """Refuse what is no archive; with ``empty`` an empty folder will do.
 

@@ -28,6 +28,8 @@ _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+:-]{0,127}")
 #: What makes an entry's name another one in every run.
 TIME_FIELD: Final = "{time}"
 _FIELD: Final = re.compile(r"\{([^{}]*)\}|[{}]")
+#: What nobody means as it stands, and no NUL, which the kernel takes for the end.
+_PATH: Final = re.compile(r"(?!~|\$[A-Za-z_{(])[^\0]+")
 _PLACE: Final = re.compile(r"(.*?)(?: - at `(?:key in )?\$\.?(.*?)(?: in `[^`]*`)?`)?")
 _DEFAULT_OPTIONS: Final = WriteOptions()
 #: Settings that a profile may replace where a job file does not give them.
@@ -262,7 +264,7 @@ class _Parser:
             vm=self._name(table.vm or table.name, f"{place}.vm"),
             host=None if host is None else self._name(host, f"{place}.host"),
             source=self._source(table.source, f"{place}.source"),
-            archive=self._absolute(archive),
+            archive=self._path_of(archive, f"{place}.archive"),
             entry=self._template(self._given(table, "entry", "{name}-{time}"), f"{place}.entry"),
             tier=tier,
             level=self._number(level, f"{place}.level", 1, COLD_LEVEL_MAX),
@@ -299,7 +301,7 @@ class _Parser:
         if table.depth is not None:
             self._number(table.depth, f"{place}.depth", 1, 1 << 16)
         rate = self._size(0 if table.rate is None else table.rate, f"{place}.rate")
-        return DeviceLimit(path=self._absolute(name), depth=table.depth, rate=rate)
+        return DeviceLimit(path=self._path_of(name, place), depth=table.depth, rate=rate)
 
     def _given(self, table: _JobTable, field: str, otherwise: Any) -> Any:
         """A setting of the job, else of the defaults, else of the program."""
@@ -315,18 +317,20 @@ class _Parser:
         match given:
             case ["qmp"]:
                 try:
-                    return QmpSource(self._absolute(socket_path(table.qmp or "")))
+                    path = socket_path(table.qmp or "")
                 except StateError as error:
                     raise StateError(f"{self._path}: {place}.qmp: {error}") from None
+                return QmpSource(self._path_of(path, f"{place}.qmp"))
             case ["image"] | ["image", "offset"]:
                 offset = self._size(table.offset or 0, f"{place}.offset")
-                return ImageSource(self._absolute(table.image), offset)
+                return ImageSource(self._path_of(table.image, f"{place}.image"), offset)
             case ["memory", "device_state"]:
                 memory = {
                     idstr: self._memory_file(file, f"{place}.memory.{idstr!r}")
                     for idstr, file in (table.memory or {}).items()
                 }
-                return MemorySource(memory, self._absolute(table.device_state))
+                state = self._path_of(table.device_state, f"{place}.device_state")
+                return MemorySource(memory, state)
             case _:
                 raise self.refusal(
                     place,
@@ -340,11 +344,13 @@ class _Parser:
             file = MemoryFile(file)
         for name, value in (("offset", file.offset), ("length", file.length or 0)):
             self._number(value, f"{place}.{name}", 0, 1 << 62)
-        return msgspec.structs.replace(file, path=self._absolute(file.path))
+        return msgspec.structs.replace(file, path=self._path_of(file.path, place))
 
-    def _absolute(self, path: str | None) -> str:
-        """A path as seen from the job file's folder."""
-        return posixpath.normpath(posixpath.join(posixpath.dirname(self._path), path or ""))
+    def _path_of(self, path: str | None, place: str) -> str:
+        """A path as seen from the job file's folder; what only a shell would expand is refused."""
+        if not path or not _PATH.fullmatch(path):
+            raise self.refusal(place, "expected a path; no shell expands ~ or $HOME here", path)
+        return posixpath.normpath(posixpath.join(posixpath.dirname(self._path), path))
 
     def _name(self, name: str, place: str) -> str:
         """Names become part of file names, of metrics and of dask's resources."""

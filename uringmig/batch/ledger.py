@@ -17,7 +17,8 @@ from typing import Final, Self
 
 from uringmig.archive.dedup import sharing_trouble
 from uringmig.archive.directory import Archive, Place
-from uringmig.archive.entry import Entry
+from uringmig.archive.entry import Entry, check_name
+from uringmig.archive.folder import has_archive
 from uringmig.batch import journal
 from uringmig.batch.job import TIME_FIELD, JobFile, entry_name
 from uringmig.batch.messages import Archived
@@ -120,6 +121,22 @@ class Ledger:
                         archive.discard(place)
                     except StorageError as error:
                         self.warnings.append(f"leftovers remain: {error}")
+
+    def check_entry(self, state: JobState, *, new: bool) -> None:
+        """Refuse what `start` would, before anything is read.
+
+        Args:
+            state: of the job.
+            new: it is known that the entry is to be made; otherwise it may be the one there is.
+
+        Raises:
+            StateError: no entry can have this name; or, if ``new``, there is one.
+        """
+        check_name(state.entry)
+        # What was begun before the run was interrupted may have been published meanwhile.
+        archive = self._archives.get(state.job.archive)
+        if new and archive and self._state.started.get(state.job.name) != state.entry:
+            archive.check_free(state.entry)
 
     def unchanged(self, state: JobState, fingerprint: str) -> bool:
         """Say whether the entry is there already, of a source that has not changed since."""
@@ -229,7 +246,7 @@ class Ledger:
     def _open_archives(self, write: bool) -> None:
         """Open every archive, always in one order."""
         for path in self.archives:
-            if not write and not Path(path).exists():
+            if not write and not has_archive(Path(path)):
                 self._entries[path] = {}
                 continue
             archive = self._resources.enter_context(Archive.open(path, write=write))

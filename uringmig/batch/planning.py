@@ -28,6 +28,7 @@ class PlanRow:
         done: why there is nothing to do, or "".
         problem: why it is not known what there is to do, or "".
         warning: what will not be as asked for, or "".
+        exit_code: of a run whose job this is, if it is already known that it cannot be done, or 0.
     """
 
     job: str
@@ -43,6 +44,7 @@ class PlanRow:
     done: str = ""
     problem: str = ""
     warning: str = ""
+    exit_code: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -36,7 +36,7 @@ from uringmig.batch.messages import (
 from uringmig.batch.planning import Plan, PlanRow, free_space, make_plan
 from uringmig.batch.pool import Pool
 from uringmig.batch.state import DiskView, JobState, RunView, Stage, Summary, Watcher
-from uringmig.errors import LimitError, PeerError, UringmigError
+from uringmig.errors import LimitError, PeerError, StateError, UringmigError
 from uringmig.units import format_duration
 
 _TICK_SECONDS: Final = 0.2
@@ -103,6 +103,7 @@ class Run:
         Raises:
             StorageError: the free space cannot be looked at.
         """
+        self._check_entries(new=False)
         orders = [
             (Examine(key=state.job.name, job=state.job), state.job.host)
             for state in self._states
@@ -117,6 +118,7 @@ class Run:
             outcome = outcomes.get(state.job.name)
             if outcome is not None:
                 self._examined(state, outcome)
+        self._check_entries(new=True)
         rows = [self._with_sharing(state, _plan_row(state)) for state in self._states]
         archives = self._ledger.archives
         plan = make_plan(
@@ -126,6 +128,19 @@ class Run:
         )
         self._ledger.notes += plan.notes
         return plan
+
+    def _check_entries(self, *, new: bool) -> None:
+        """Give jobs up at once whose entries cannot be made; see `Ledger.check_entry`."""
+        for state in self._states:
+            if state.final:
+                continue
+            try:
+                self._ledger.check_entry(state, new=new)
+            except StateError as error:
+                state.kind, state.error = type(error).__name__, str(error)
+                state.exit_code = error.exit_code
+                state.refused = True
+                self._enter(state, "failed")
 
     def _with_sharing(self, state: JobState, row: PlanRow) -> PlanRow:
         """Say in the plan, and on the first night, that pages cannot be shared, if it is so."""
@@ -433,6 +448,7 @@ def _plan_row(state: JobState) -> PlanRow:
         tier=state.job.tier,
         done=state.notes[-1] if state.stage == "skipped" else "",
         problem=state.error,
+        exit_code=state.exit_code if state.refused else 0,
     )
     estimate = state.estimate
     if estimate is None or state.stage == "skipped":

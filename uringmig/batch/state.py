@@ -33,6 +33,7 @@ class JobState:
         estimate: None while it is not known.
         progress: of the present or last attempt.
         error: the last attempt's, one line.
+        refused: nothing was attempted: as the job is written, it cannot be done.
         notes: what the operator should know, one line each.
     """
 
@@ -51,6 +52,7 @@ class JobState:
     kind: str = ""
     error: str = ""
     exit_code: int = 0
+    refused: bool = False
     worker: str = ""
     peak_bytes: int = 0
     notes: list[str] = field(default_factory=list)

@@ -211,8 +211,9 @@ def _show_plan(session: Session, ledger: Ledger, run: Run) -> None:
     for warning in plan.warnings:
         output.warn(warning)
     shown = PlanShown(job_file=ledger.job_file.path, plan=plan, fits=True)
-    output.result("archive run", shown, _plan_lines(plan))
-    raise typer.Exit(output.exit_code)
+    exit_code = max(output.exit_code, *(row.exit_code for row in plan.rows))
+    output.result("archive run", shown, _plan_lines(plan), exit_code=exit_code)
+    raise typer.Exit(exit_code)
 
 
 def _plan_lines(plan: Plan) -> list[str]:
