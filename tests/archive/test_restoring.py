@@ -166,3 +166,34 @@ def test_command_restores_and_refuses(archive: Archive, out: Path) -> None:
     bad = uringmig("archive", "restore", folder, "one", out.with_name("bad"))
     assert (bad.code, bad.out, bad.err.count("\n")) == (3, "", 1)
     assert not out.with_name("bad").exists()
+
+
+def test_name_that_is_a_link_is_followed(archive: Archive, tmp_path: Path, out: Path) -> None:
+    """To bigger storage, say: the link stays, and what looks at an image looks through it too."""
+    add_entry(archive, "one", ram_bytes=RAM)
+    link = tmp_path / "link"
+    link.symlink_to(out)
+    done = uringmig("archive", "restore", archive.path, "one", link, "--json")
+    assert (done.code, done.result()["path"]) == (0, str(out))
+    assert link.is_symlink()
+    assert left_in(out.parent) == ["vm", "vm.manifest.json"]
+    assert verify(link).manifest_path == f"{out}.manifest.json"
+    shown = uringmig("inspect", link, "--json").result()
+    assert shown["manifest_path"] == f"{out}.manifest.json"
+    inside = tmp_path / "inside"
+    inside.symlink_to(archive.path / "other.mig")
+    with pytest.raises(StateError, match="in the archive itself"):
+        restore_file(archive, "one", inside)
+
+
+@pytest.mark.parametrize("where", ["new/", "out/", "loop", "file/"])
+def test_name_of_no_file_is_2(archive: Archive, tmp_path: Path, out: Path, where: str) -> None:
+    add_entry(archive, "one")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").write_text("mine")
+    before = left_in(tmp_path)
+    done = uringmig("archive", "restore", archive.path, "one", f"{tmp_path}/{where}")
+    assert done.code == 2
+    assert left_in(tmp_path) == before
+    assert left_in(out.parent) == []
+    assert (tmp_path / "file").read_text() == "mine"

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from batchjobs import job, make_image, run_jobs, write_jobs
 from loopdisk import mounted
 
 from uringmig.batch.journal import Begun, RunState, Started, encode, replay
@@ -69,3 +72,50 @@ def test_journal_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / ".run").mkdir()
     with pytest.raises(StorageError, match="cannot read the journal"):
         read_state(tmp_path / ".run")
+
+
+def test_a_record_is_durable_when_it_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The beginning is synced before it has its name, a record before `append` returns."""
+    steps: list[str] = []
+
+    def noted(name: str) -> Callable[..., Any]:
+        real: Callable[..., Any] = getattr(os, name)
+
+        def step(what: int | str, *others: Any) -> Any:
+            path = Path(f"/proc/self/fd/{what}").readlink() if isinstance(what, int) else what
+            steps.append(f"{name} {Path(path).name}")
+            return real(what, *others)
+
+        return step
+
+    for name in ("write", "fdatasync", "fsync", "rename"):
+        monkeypatch.setattr(os, name, noted(name))
+    record = RunRecord(tmp_path / ".run")
+    record.begin(BEGUN)
+    assert steps == ["fdatasync .run.partial", "rename .run.partial", f"fsync {tmp_path.name}"]
+    steps.clear()
+    record.append(Started(job="a", entry="a-T"))
+    assert steps == ["write .run", "fdatasync .run"]
+    record.close()
+
+
+def test_what_names_guests_is_its_owner_s_only(tmp_path: Path) -> None:
+    """Journal and reports, whatever the umask; metrics are for a collector of another user."""
+    mask = os.umask(0)
+    try:
+        make_image(tmp_path / "vm.mig")
+        path = write_jobs(tmp_path, job("web", "image = 'vm.mig'"))
+        assert not run_jobs(
+            path, "--report", tmp_path / "reports", "--metrics-file", tmp_path / "u.prom"
+        ).code
+    finally:
+        os.umask(mask)
+    written = [*(tmp_path / "reports").iterdir(), *(tmp_path / "archive").iterdir()]
+    assert len(written) >= 5
+    assert {file.name: file.stat().st_mode & 0o077 for file in written if file.is_file()} == {
+        file.name: 0 for file in written if file.is_file()
+    }
+    assert (tmp_path / "u.prom").stat().st_mode & 0o777 == 0o644
+    assert not list(tmp_path.rglob("*.partial"))

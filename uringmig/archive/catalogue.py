@@ -30,6 +30,7 @@ NAME: Final = "catalogue.sqlite"
 #: "umig"; with it file(1) tells the file from other SQLite databases.
 _APPLICATION_ID: Final = 0x756D6967
 _VERSION: Final = 2
+_MODE: Final = 0o600
 #: Whoever writes does so for milliseconds; this long only a stopped process holds it.
 _BUSY_SECONDS: Final = 10.0
 #: Files beside it while it is written, after a crash, or left by an older version.
@@ -98,7 +99,12 @@ class Catalogue:
         return self.path.exists()
 
     def create(self) -> None:
-        """Make an empty one where there is none."""
+        """Make an empty one where there is none, its owner's only: it names guests."""
+        try:
+            # SQLite would go by the umask; what it puts beside it later has the same mode.
+            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, _MODE))
+        except OSError as error:
+            raise StorageError("cannot create", errno=error.errno, path=self.path) from None
         with (
             self._naming(),
             closing(self._connect("rwc")) as connection,
