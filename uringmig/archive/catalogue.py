@@ -242,6 +242,8 @@ class Catalogue:
             yield connection
 
     def _connect(self, mode: str) -> sqlite3.Connection:
+        if mode != "rwc" and self.exists and not self.path.is_file():
+            raise FormatError(f"{self.path}: the catalogue is not a regular file; {CURE}")
         # It would be played in by opening the file, and for good by closing it.
         if Path(f"{self.path}{_WAL}").exists():
             raise FormatError(f"{self.path}: the catalogue has a log that is not ours; {CURE}")

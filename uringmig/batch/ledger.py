@@ -120,7 +120,7 @@ class Ledger:
                     try:
                         archive.discard(place)
                     except StorageError as error:
-                        self.warnings.append(f"leftovers remain: {error}")
+                        self.notes.append(f"leftovers remain: {error}")
 
     def check_entry(self, state: JobState, *, new: bool) -> None:
         """Refuse what `start` would, before anything is read.
