@@ -139,14 +139,24 @@ def test_read_only_disk_is_read(tmp_path: Path, outside: Path) -> None:
         assert codes_of(point, outside, *FULL, "delete") == FULL | {"delete": 5}
 
 
+def make_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def make_fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
 Breakage = Callable[[Path], object]
 BROKEN: dict[str, Breakage] = {
     "empty": lambda path: path.write_bytes(b""),
     "cut": lambda path: os.truncate(path, 5000),
     "noise": lambda path: path.write_bytes(os.urandom(9000)),
     "gone": lambda path: path.unlink(),
-    "a folder": lambda path: (path.unlink(), path.mkdir()),
-    "a fifo": lambda path: (path.unlink(), os.mkfifo(path)),
+    "a folder": make_folder,
+    "a fifo": make_fifo,
     "log": lambda path: Path(f"{path}-wal").write_bytes(b"noise" * 99),
 }
 
