@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 import uringmig
+from uringmig.batch import metrics
+from uringmig.batch.job import _Settings, parse_jobs
 
 ROOT = Path(__file__).parents[2]
 
@@ -55,3 +57,42 @@ def test_links_between_the_pages_lead_somewhere(page: Path) -> None:
     """A relative link in docs/ names a file that is there."""
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
         assert target.startswith("http") or (page.parent / target).exists(), target
+
+
+def test_architecture_names_rooms_that_are_there() -> None:
+    """Every module that docs/architecture.md names exists, and no room is missing from it."""
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    package = ROOT / "uringmig"
+    for name in re.findall(r"`((?:[a-z_]+/)+[a-z_]*)(?:\.[A-Za-z_.]+)?`", page):
+        root = ROOT if name.startswith(("tests/", "uringmig/")) else package
+        assert (
+            (root / name).is_dir()
+            or (root / f"{name}.py").is_file()
+            or (root / f"{name}.md").is_file()
+        ), name
+    for path in package.iterdir():
+        if path.name.startswith("_") or not (path.is_dir() or path.suffix == ".py"):
+            continue
+        name = f"{path.name}/" if path.is_dir() else path.stem
+        assert f"`{name}`" in page, f"no word of {name}"
+
+
+def test_the_job_file_of_the_page_is_one() -> None:
+    """The example of docs/archives.md parses, and its table has every key there is."""
+    page = (ROOT / "docs" / "archives.md").read_text()
+    example = re.search(r"```toml\n(.*?)```", page, re.DOTALL)
+    assert example is not None
+    jobs = parse_jobs(example[1], path="/etc/uringmig/jobs.toml").jobs
+    assert [job.name for job in jobs] == ["web1", "old", "sim"]
+    keys = set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))
+    assert keys - {"name", "vm", "source"} == set(_Settings.__struct_fields__)
+
+
+def test_every_metric_is_on_the_page() -> None:
+    """docs/operations.md names each metric that a run writes."""
+    page = (ROOT / "docs" / "operations.md").read_text()
+    written = set(re.findall(r'"(uringmig_\w+)"', Path(metrics.__file__).read_text()))
+    assert len(written) > 15
+    for name in written:
+        shown = name if not name.startswith("uringmig_job_") else name.removeprefix("uringmig_job")
+        assert name in page or f"...{shown}`" in page, name
