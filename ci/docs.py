@@ -25,43 +25,43 @@ import griffe2md
 ROOT: Final = Path(__file__).resolve().parents[1]
 PACKAGE: Final = "uringmig"
 #: Beside `uringmig.__all__`: what an archive and the sources of its entries are made of. Section
-#: title, a sentence, the names.
+#: title (a room), a sentence, and the names, wherever in the room they are defined.
 FURTHER: Final = (
     (
         "uringmig.archive",
         "One archive directory: open it, write entries of both tiers, check, restore and prune.",
         (
-            "archive.directory.Archive",
-            "archive.directory.reindex",
-            "archive.directory.ReindexReport",
-            "archive.entry.Entry",
-            "archive.catalogue.Damage",
-            "archive.hot.write_hot",
-            "archive.cold.write_cold",
-            "archive.tier.EntryLabel",
-            "archive.tier.TierResult",
-            "archive.opening.open_entry",
-            "archive.checking.verify_archive",
-            "archive.checking.ArchiveCheck",
-            "archive.checking.EntryCheck",
-            "archive.restoring.restore_file",
-            "archive.restoring.restore_into",
-            "archive.restoring.RestoreResult",
-            "archive.pruning.prune",
-            "archive.pruning.PruneReport",
-            "archive.retention.Decision",
+            "Archive",
+            "reindex",
+            "ReindexReport",
+            "Entry",
+            "Damage",
+            "write_hot",
+            "write_cold",
+            "EntryLabel",
+            "TierResult",
+            "open_entry",
+            "verify_archive",
+            "ArchiveCheck",
+            "EntryCheck",
+            "restore_file",
+            "restore_into",
+            "RestoreResult",
+            "prune",
+            "PruneReport",
+            "Decision",
         ),
     ),
     (
         "uringmig.contents",
         "A guest's memory and device state, whatever file or memory they are read from.",
         (
-            "contents.opening.open_contents",
-            "contents.memoryfiles.open_memory",
-            "contents.memoryfiles.MemoryFileBlock",
-            "contents.source.Contents",
-            "contents.source.ContentsBlock",
-            "contents.source.WindowRead",
+            "open_contents",
+            "open_memory",
+            "MemoryFileBlock",
+            "Contents",
+            "ContentsBlock",
+            "WindowRead",
         ),
     ),
 )
@@ -112,8 +112,18 @@ def reference() -> str:
     parts += [_documented(loader, f"{PACKAGE}.{name}") for name in BASES]
     for title, sentence, names in FURTHER:
         parts += [f"## {title}", sentence]
-        parts += [_documented(loader, f"{PACKAGE}.{name}", where=True) for name in names]
+        parts += [_documented(loader, _defined(package, title, name), where=True) for name in names]
     return "\n\n".join(parts) + "\n"
+
+
+def _defined(package: Any, room: str, name: str) -> str:
+    """The full path of a public name, which one module of the room defines."""
+    modules = package[room.removeprefix(f"{PACKAGE}.")].modules.values()
+    found = [module.path for module in modules if name in module.members]
+    found = [path for path in found if not package[f"{path}.{name}".partition(".")[2]].is_alias]
+    if len(found) != 1:
+        raise SystemExit(f"ci/docs.py: {name} is defined {len(found)} times in {room}")
+    return f"{found[0]}.{name}"
 
 
 def _documented(loader: griffe.GriffeLoader, path: str, *, where: bool = False) -> str:
