@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Final, Literal, TypeVar, get_args
 
 from uringmig.errors import StateError
-from uringmig.units import KiB, MiB, is_aligned
+from uringmig.units import GiB, KiB, MiB, div_ceil, is_aligned
 
 EngineName = Literal["auto", "io_uring", "pwrite"]
 DirectMode = Literal["required", "preferred", "off"]
@@ -27,6 +27,8 @@ DEPTH_MAX: Final = 4096
 #: Compression of a cold image: zstd's own default, and its largest.
 COLD_LEVEL: Final = 3
 COLD_LEVEL_MAX: Final = 22
+#: More than this in flight makes no disk faster.
+_HELD_BYTES_MAX: Final = GiB
 #: Threads that compress.
 COLD_WORKERS: Final = 2
 
@@ -72,6 +74,16 @@ class TransferOptions:
             raise StateError(f"engine {self.engine!r} is none of {', '.join(get_args(EngineName))}")
         if self.direct not in get_args(DirectMode):
             raise StateError(f"direct {self.direct!r} is none of {', '.join(get_args(DirectMode))}")
+
+    @property
+    def windows_held(self) -> int:
+        """Windows that a channel has buffers for, where pages go through buffers.
+
+        As many as requests in flight can fill, and one that is being looked at; but over all
+        channels no more than any disk needs, so that no settings ask for more memory than there is.
+        """
+        most = _HELD_BYTES_MAX // (self.channels * WINDOW_BYTES)
+        return min(div_ceil(self.depth * self.block_size, WINDOW_BYTES) + 1, max(2, most))
 
     def like(self, kind: type[Kind]) -> Kind:
         """The same settings for the other direction; what only ``kind`` has is its default."""

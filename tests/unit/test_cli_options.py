@@ -107,6 +107,18 @@ def test_every_kind_of_job_takes_every_block_size(tmp_path: Path, block_size: st
     assert all(end["stage"] == "done" for end in job_ends(done).values())
 
 
+def test_the_largest_of_all_settings_together_is_no_trouble(tmp_path: Path) -> None:
+    """What is in range each by itself is taken, in either tier and by the commands, and runs."""
+    make_image(tmp_path / "a.mig", size=24 << 20, pattern="dense")
+    jobs = [job(tier, 'image = "a.mig"', tier=tier) for tier in ("hot", "cold")]
+    settings = 'channels = 255\ndepth = 4096\nblock_size = "4M"\nverify = true\n'
+    done = run_jobs(write_jobs(tmp_path, *jobs, defaults=settings))
+    assert done.code == 0, done.err
+    options = ["--channels", 255, "--depth", 4096, "--block-size", "4M"]
+    assert uringmig("verify", tmp_path / "a.mig", *options).code == 0
+    assert uringmig("archive", "verify", tmp_path / "archive", *options).code == 0
+
+
 def test_a_job_s_two_directions_have_the_same_settings() -> None:
     """Source and read-back are read as the job says: engine, O_DIRECT and rate included."""
     settings = {"channels": 3, "depth": 5, "block_size": 8192, "rate": 7000}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from uringmig.errors import StateError
-from uringmig.options import ReadOptions, TransferOptions, WriteOptions
+from uringmig.options import WINDOW_BYTES, ReadOptions, TransferOptions, WriteOptions
 
 KIND = pytest.mark.parametrize("kind", [WriteOptions, ReadOptions])
 
@@ -106,3 +106,13 @@ def test_options_do_not_change(kind: type[TransferOptions]) -> None:
 def test_options_print_every_value() -> None:
     for field in dataclasses.fields(WriteOptions):
         assert f"{field.name}=" in repr(WriteOptions())
+
+
+@KIND
+def test_no_settings_ask_for_more_memory_than_a_host_has(kind: type[TransferOptions]) -> None:
+    """Channels, depth and block size are each in range, so all of them together are to run."""
+    most = kind(channels=255, depth=4096, block_size=4 << 20)
+    assert most.channels * most.windows_held * WINDOW_BYTES <= 2 << 30
+    assert kind(channels=4, depth=4096).windows_held * 4 * WINDOW_BYTES == 1 << 30
+    assert kind().windows_held == 3
+    assert kind(depth=64).windows_held == 17

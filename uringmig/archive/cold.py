@@ -304,7 +304,7 @@ class _ColdWork:
         counters: ChannelCounters,
     ) -> None:
         # As many frames as requests in flight can be of, and one that is being made.
-        self.windows_max = div_ceil(options.depth * options.block_size, WINDOW_BYTES) + 1
+        self.windows_max = options.windows_held
         self._intake = intake
         self._guest = guest
         self._places = places

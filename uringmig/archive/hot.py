@@ -33,7 +33,6 @@ from uringmig.plan import Window, plan_runs
 from uringmig.progress import ChannelCounters, ProgressCallback
 from uringmig.storage.buffers import aligned_buffer
 from uringmig.storage.choice import EngineChoice, choose_engine
-from uringmig.units import div_ceil
 
 
 def write_hot(
@@ -207,7 +206,7 @@ class _HotWork:
         counters: ChannelCounters,
     ) -> None:
         # As many windows as requests in flight can fill, and one that is being looked at.
-        self.windows_max = div_ceil(options.depth * options.block_size, WINDOW_BYTES) + 1
+        self.windows_max = options.windows_held
         self._intake = intake
         self._guest = guest
         self._layout = layout

@@ -27,7 +27,6 @@ from uringmig.pages.runs import runs_from_bits
 from uringmig.plan import Window
 from uringmig.progress import ChannelCounters
 from uringmig.storage.buffers import aligned_buffer
-from uringmig.units import div_ceil
 
 #: Buffers of a channel beside those that requests fill.
 _SPARE_BUFFERS: Final = 2
@@ -83,7 +82,7 @@ class _ReadWork:
         stopping: threading.Event,
     ) -> None:
         options = shared.options
-        self.windows_max = div_ceil(options.depth * options.block_size, WINDOW_BYTES) + 1
+        self.windows_max = options.windows_held
         # The buffer given back last is taken first: it is the one still in the cache, and of those
         # that are never needed no page is ever touched.
         self.free: queue.LifoQueue[NDArray[np.uint8] | None] = queue.LifoQueue()
