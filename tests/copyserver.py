@@ -43,7 +43,8 @@ class CopyServer:
     def start(self, **order: Any) -> int:
         """Begin a copy: tier, source, out, journal; and step (die before that call) or rate.
 
-        Steps are counted from the first call named ``since``, if that is given.
+        Steps are counted from the first call named ``since``, if that is given. Also ``previous``
+        and ``dense_up_to`` of `write_hot` and its options.
         """
         self._say(order)
         return int(self._hear())
@@ -102,7 +103,7 @@ def _copy(order: dict[str, Any]) -> None:
         channels=OPTIONS.channels,
         depth=OPTIONS.depth,
         block_size=1 << 20 if order.get("step") else OPTIONS.block_size,
-        dense_up_to=OPTIONS.dense_up_to,
+        dense_up_to=order.get("dense_up_to", OPTIONS.dense_up_to),
         rate=order.get("rate", 0),
     )
     engine = RING if order.get("rate") else PWRITE

@@ -158,6 +158,31 @@ def test_frames_that_lie(made: tuple[Path, dict[str, bytes]], tmp_path: Path) ->
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
 
 
+@pytest.mark.parametrize("number", range(5))
+def test_frame_of_other_memory(
+    made: tuple[Path, dict[str, bytes]], tmp_path: Path, number: int
+) -> None:
+    """A sound frame in the place of another: its own digest fits, that of its memory does not.
+
+    So it would be after frames were mixed up, or unpacked wrongly: each is digested twice, the
+    second time as the memory that comes of it.
+    """
+    path, guest = made
+    frame = read_cold(path).frames[number]
+    with open_cold(path, options=READ) as contents:
+        idstr = contents.blocks[frame.block].idstr
+    window = guest[idstr][frame.row * 4 * MIB : (frame.row + 1) * 4 * MIB]
+    pages = np.frombuffer(window, np.uint8).reshape(-1, PAGE)
+    stored = pages[pages.any(axis=1)]
+    stored[-1, -1] ^= 1
+    bent = tmp_path / "bent.cold"
+    packed = zstandard.ZstdCompressor(level=22).compress(stored.tobytes())
+    replace_frame(path, bent, number, packed)
+    with pytest.raises(MismatchError, match=f"contents differ in chunk {frame.row} ") as caught:
+        read_all(bent)
+    assert (caught.value.block, caught.value.offset) == (idstr, frame.offset)
+
+
 def test_hostile_image_leaves_nothing_behind(
     made: tuple[Path, dict[str, bytes]], tmp_path: Path
 ) -> None:

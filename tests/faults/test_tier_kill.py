@@ -7,6 +7,7 @@ import random
 import signal
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -16,12 +17,14 @@ from copyserver import CopyServer
 from loopdisk import mounted
 from smallguests import MIB, OPTIONS, check_image, copy_of, left_in, make_guest, ramblocks_of
 
-from uringmig import MappedRamWriter
+from uringmig import MappedRamWriter, verify
 from uringmig.archive.cold import open_cold, write_cold
+from uringmig.archive.copyjournal import decode
 from uringmig.archive.hot import write_hot
 from uringmig.archive.tier import TierResult
 from uringmig.contents.mappedram import MappedRamContents
-from uringmig.contents.source import Row, WindowRead, row_length
+from uringmig.contents.source import Row, WindowRead, all_rows, row_length
+from uringmig.options import WINDOW_BYTES
 
 Tier = Literal["hot", "cold"]
 TIERS = pytest.mark.parametrize("tier", ["hot", "cold"])
@@ -62,7 +65,7 @@ class Place:
             writer.finish()
         self.guest = copy_of(guest)
 
-    def kill_after_a_checkpoint(self, server: CopyServer, **more: str) -> None:
+    def kill_after_a_checkpoint(self, server: CopyServer, **more: str | int) -> None:
         """Begin a slow copy, and kill it when its journal has chunks."""
         pid = server.start(**self.order(rate=24 * MIB), **more)
         while not (self.journal.exists() and self.journal.stat().st_size > 1000):
@@ -252,3 +255,58 @@ def test_killed_copy_with_shared_blocks_goes_on(tmp_path: Path, server: CopyServ
         assert 0 < result.resumed_bytes < result.memory_bytes
         assert result.shared_bytes > 20 * MIB
         place.check()
+
+
+def test_earlier_image_is_part_of_what_a_copy_is(tmp_path: Path, server: CopyServer) -> None:
+    """Told to share with another image than the killed copy was, a copy begins anew.
+
+    Going on it would be right page for page, but share nothing with the image it was told of.
+    """
+    with mounted("xfs", tmp_path, size=512 * MIB) as disk:
+        place = Place(disk, "hot", ram_bytes=48 * MIB, dense=True)
+        for name, flip in (("killed.mig", 0xFF), ("asked.mig", 0)):
+            other = {
+                idstr: np.frombuffer(data, np.uint8) ^ flip for idstr, data in place.guest.items()
+            }
+            with MappedRamWriter(disk / name, ramblocks_of(other), options=OPTIONS) as writer:
+                writer.write_all()
+                writer.finish()
+        place.kill_after_a_checkpoint(server, previous=str(disk / "killed.mig"))
+        with MappedRamContents(place.source) as contents:
+            result = write_hot(
+                contents,
+                place.out,
+                options=OPTIONS,
+                resume=place.journal,
+                previous=disk / "asked.mig",
+            )
+        assert result.resumed_bytes == 0
+        assert result.written_bytes == 0
+        assert result.shared_bytes == result.stored_bytes
+        place.check()
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_slots_outside_the_checkpoint_may_hold_anything(
+    tmp_path: Path, server: CopyServer, dense: bool
+) -> None:
+    """Torn writes, gaps written through, older bytes: under a set bit lies what is copied now."""
+    place = Place(tmp_path, "hot", ram_bytes=24 * MIB, dense=False)
+    options = replace(OPTIONS, dense_up_to=64 * MIB if dense else OPTIONS.dense_up_to)
+    more = {"dense_up_to": options.dense_up_to}
+    place.kill_after_a_checkpoint(server, **more)
+    durable = {
+        (chunk.block_index, chunk.row) for chunk in decode(place.journal.read_bytes()).chunks
+    }
+    with MappedRamContents(place.source) as contents:
+        areas = [block.pages_offset for block in contents.reader.image.blocks]
+        others = [row for row in all_rows(contents.blocks) if row not in durable]
+        with (place.archive / "vm.partial").open("r+b") as file:
+            for number, row in others:
+                file.seek(areas[number] + row * WINDOW_BYTES)
+                file.write(b"\xee" * row_length(contents.blocks[number], row))
+        result = write_hot(contents, place.out, options=options, resume=place.journal)
+    assert others
+    assert result.resumed_bytes > 0
+    place.check()
+    assert not verify(place.out).mismatches

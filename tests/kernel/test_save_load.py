@@ -316,6 +316,23 @@ def test_damage_to_any_page_is_found_and_named(tmp_path: Path) -> None:
     assert mismatch.offset <= block.pages_offset + page * PAGE < mismatch.offset + 4 * MIB
 
 
+def test_window_without_a_bit_is_compared_too(tmp_path: Path) -> None:
+    """A window whose pages were lost, bits and all, reads as zeros: only its digest tells."""
+    guest = make_guest(ram_bytes=13 * MIB)
+    guest["pc.ram"][4 * MIB : 8 * MIB] = 0
+    save(tmp_path / "vm", guest)
+    sidecar = tmp_path / "vm.manifest.json"
+    said = json.loads(sidecar.read_text())
+    digests = said["blocks"][0]["digests"]
+    zero, digests[1] = digests[1], digests[2]
+    sidecar.write_text(json.dumps(said))
+    (mismatch,) = verify(tmp_path / "vm").mismatches
+    block = read_image(tmp_path / "vm").blocks[0]
+    assert (mismatch.block, mismatch.offset) == ("pc.ram", block.pages_offset + 4 * MIB)
+    assert (mismatch.expected, mismatch.found) == (digests[2], zero)
+    assert "chunk 1 (guest bytes from 0x400000)" in str(mismatch)
+
+
 def test_progress_counts_completions_through_the_phases(tmp_path: Path) -> None:
     seen: list[Snapshot] = []
     guest = make_guest(ram_bytes=40 * MIB)
