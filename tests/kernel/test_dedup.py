@@ -141,7 +141,7 @@ def test_guest_that_became_all_zero_is_zero_in_the_image(
     options = WriteOptions(dense_up_to=9 * MIB if dense else 0)
     for name, value in (("first", 0x5A), ("second", 0)):
         ram = np.full(9 * MIB, value, np.uint8)
-        with MappedRamWriter(tmp_path / name, [RamBlock("ram", ram)], options=options) as writer:
+        with MappedRamWriter(tmp_path / name, [RamBlock("ram", ram, dense=False)]) as writer:
             writer.write_all()
             writer.finish()
     with mounted(kind, tmp_path, size=DISK_BYTES) as disk:
