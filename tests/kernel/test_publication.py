@@ -69,15 +69,15 @@ def test_steps_come_in_the_order_that_no_crash_can_confuse(
     publication.publish(b"new")
     assert steps == [
         ("fdatasync", "vm.json.partial"),
-        ("link", "vm", "vm.former"),
-        ("rename", "vm.json", "vm.json.former"),
+        ("link", "vm", "vm.former~"),
+        ("rename", "vm.json", "vm.json.former~"),
         ("fsync", "."),
         ("rename", "vm.partial", "vm"),
         ("fsync", "."),
         ("rename", "vm.json.partial", "vm.json"),
         ("fsync", "."),
-        ("unlink", "vm.json.former"),
-        ("unlink", "vm.former"),
+        ("unlink", "vm.json.former~"),
+        ("unlink", "vm.former~"),
     ]
 
 
@@ -107,9 +107,9 @@ def test_no_power_cut_mixes_two_images(
             if "vm" in found and "vm.json" in found:
                 assert found["vm"] == found["vm.json"], (step, found)
             if former:
-                assert "old" in (found.get("vm"), found.get("vm.former")) or found["vm"] == "new"
+                assert "old" in (found.get("vm"), found.get("vm.former~")) or found["vm"] == "new"
     assert safe == {"vm": "new", "vm.json": "new"} | (
-        {"vm.former": "old", "vm.json.former": "old"} if former else {}
+        {"vm.former~": "old", "vm.json.former~": "old"} if former else {}
     )
 
 

@@ -85,7 +85,7 @@ def test_link_to_what_is_no_file_is_refused(tmp_path: Path) -> None:
             Publication(f"/proc/self/fd/{file.fileno()}", sidecar=".json")
 
 
-@pytest.mark.parametrize("suffix", ["", ".json", ".former", ".json.partial"])
+@pytest.mark.parametrize("suffix", ["", ".json", ".former~", ".json.partial"])
 def test_folder_under_any_name_is_refused_and_kept(tmp_path: Path, suffix: str) -> None:
     """Also an empty one, and before anything is written."""
     (tmp_path / f"vm{suffix}").mkdir()
@@ -234,3 +234,14 @@ def test_small_file_is_whole_private_and_follows_links(tmp_path: Path) -> None:
         os.umask(mask)
     assert (tmp_path / "open").stat().st_mode & 0o777 == 0o644
     assert left_in(tmp_path) == ["note", "open", "real"]
+
+
+def test_files_of_others_beside_the_name_stay(tmp_path: Path) -> None:
+    """Copies that somebody keeps under names that look much like ours."""
+    theirs = ["vm.former", "vm.old", "vm.bak", "vm~", "vm.json.former"]
+    for name in theirs:
+        (tmp_path / name).write_text("mine")
+    for data in (b"one", b"two"):
+        published(tmp_path / "vm", data, data)
+    assert left_in(tmp_path) == sorted([*theirs, "vm", "vm.json"])
+    assert {(tmp_path / name).read_text() for name in theirs} == {"mine"}

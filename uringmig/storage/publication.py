@@ -5,17 +5,17 @@ Two names cannot be replaced at once, so a publication goes through steps, each 
 undone until the last:
 
     1. NAME.json.partial is written and made durable        (NAME is the former file)
-    2. NAME gets a second name, NAME.former                 (where there are no links: only that)
-    3. NAME.json -> NAME.json.former, folder synced
+    2. NAME gets a second name, NAME.former~                (where there are no links: only that)
+    3. NAME.json -> NAME.json.former~, folder synced
     4. NAME.partial -> NAME, folder synced                  (NAME is the new file)
     5. NAME.json.partial -> NAME.json, folder synced        (success is said after this)
-    6. NAME.json.former and NAME.former are removed
+    6. NAME.json.former~ and NAME.former~ are removed
 
 So no power cut, whatever of the steps since the last sync it forgets, leaves a new file beside an
 old sidecar or the reverse: between 3 and 5 there is none, and a file without one is still whole. A
 step that fails puts the former file and its sidecar back. What a killed writer leaves tells how far
-it came (NAME and NAME.former are one file until 4), and `settle`, which the next writer of the name
-and the archive's healing call, undoes it before 4 and finishes it after.
+it came (NAME and NAME.former~ are one file until 4), and `settle`, which the next writer of the
+name and the archive's healing call, undoes it before 4 and finishes it after.
 
 Nothing is written before it has been looked whether the name can be replaced at all.
 """
@@ -34,7 +34,7 @@ from uringmig.storage.mainfile import MainFile
 
 PARTIAL: Final = ".partial"
 #: The file that a publication is about to replace, and its sidecar.
-FORMER: Final = ".former"
+FORMER: Final = ".former~"
 #: QEMU creates its files so too (migration/file.c): guest memory is nobody else's business.
 PRIVATE: Final = 0o600
 #: NAME_MAX of linux/limits.h.
