@@ -64,6 +64,20 @@ def test_one_that_wants_more_than_there_is_gets_the_disk_alone() -> None:
     assert admission.admit(second, LIVE) == 0
 
 
+def test_a_stated_depth_is_never_passed() -> None:
+    """A job that asks for more is made smaller; a measured depth leaves it as it is."""
+    stated = Admission({"h:a": Allowance(16, stated=True)})
+    small = stated.fitted(make_job("x", channels=2, depth=16), WITHIN)
+    assert (small.channels, small.depth) == (2, 4)
+    assert stated.admit(small, WITHIN) == 0
+    assert stated.in_flight("h:a") == 16
+    assert stated.fitted(make_job("y", channels=2, depth=4), WITHIN).depth == 4
+    few = Admission({"h:a": Allowance(3, stated=True)}).fitted(make_job("z", channels=4), LIVE)
+    assert (few.channels, few.depth) == (3, 1)
+    measured = Admission({"h:a": Allowance(16)})
+    assert measured.fitted(make_job("x", depth=16), WITHIN).depth == 16
+
+
 def test_other_disks_do_not_matter() -> None:
     admission = Admission({"h:a": Allowance(16), "h:b": Allowance(16)})
     assert admission.admit(make_job("x"), LIVE) == 0

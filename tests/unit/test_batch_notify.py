@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from uringmig.batch import notify
 from uringmig.batch.notify import Notifier
 
 
@@ -54,9 +55,10 @@ def test_watchdog_is_fed_at_half_its_interval(
 ) -> None:
     server, environment = listener
     notifier = Notifier({**environment, "WATCHDOG_USEC": "100000"})
+    notifier.ready()
     notifier.alive()
     notifier.alive()
-    assert received(server) == ["WATCHDOG=1"]
+    assert received(server) == ["READY=1", "WATCHDOG=1"]
     time.sleep(0.06)
     notifier.alive()
     assert received(server) == ["WATCHDOG=1"]
@@ -77,16 +79,36 @@ def test_no_watchdog_for_this_process(
 ) -> None:
     server, environment = listener
     notifier = Notifier({**environment, **extra})
+    notifier.ready()
     notifier.alive()
-    assert received(server) == []
+    assert received(server) == ["READY=1"]
     notifier.close()
 
 
 def test_watchdog_of_this_process(listener: tuple[socket.socket, dict[str, str]]) -> None:
     server, environment = listener
     notifier = Notifier({**environment, "WATCHDOG_USEC": "100", "WATCHDOG_PID": str(os.getpid())})
+    notifier.ready()
     notifier.alive()
-    assert received(server) == ["WATCHDOG=1"]
+    assert received(server) == ["READY=1", "WATCHDOG=1"]
+    notifier.close()
+
+
+def test_a_long_start_asks_for_more_time(
+    listener: tuple[socket.socket, dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A manager ends a service that is not ready after 90 s, and a plan may take longer."""
+    server, environment = listener
+    monkeypatch.setattr(notify, "_EXTEND_SECONDS", 0.05)
+    notifier = Notifier(environment)
+    notifier.alive()
+    notifier.alive()
+    assert received(server) == ["EXTEND_TIMEOUT_USEC=60000000"]
+    time.sleep(0.06)
+    notifier.alive()
+    notifier.ready()
+    notifier.alive()
+    assert received(server) == ["EXTEND_TIMEOUT_USEC=60000000", "READY=1"]
     notifier.close()
 
 

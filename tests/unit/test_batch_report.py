@@ -79,7 +79,7 @@ def test_metrics_are_one_family_after_the_other() -> None:
         seconds=1.5,
         runner_bytes=7,
     )
-    lines = render(view, now=100.0, ended=False).splitlines()
+    lines = render(view, now=100.0, began=90.0, exit_code=None, successes={}).splitlines()
     assert 'uringmig_jobs{stage="done"} 1' in lines
     assert 'uringmig_job_share{job="web2"} 0.25' in lines
     assert 'uringmig_job_rate_bytes{job="web2"} 5.0' in lines

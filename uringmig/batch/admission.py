@@ -2,8 +2,10 @@
 
 A job asks each of its disks for as many requests as it keeps in flight, once for reading and once
 for writing, so one that copies within a disk asks twice. Jobs are admitted while a disk's depth
-holds them all; one that asks for more than the depth gets the disk alone. A disk with a rate has
-one job at a time, which gets the whole rate: two would only share it.
+holds them all; one that asks for more than the depth gets the disk alone. A depth that the job file
+states is a limit, too: a job that asks for more is made to ask for less. A measured one only says
+how many jobs go together. A disk with a rate has one job at a time, which gets the whole rate: two
+would only share it.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
+
+from msgspec.structs import replace
 
 from uringmig.batch.job import Job
 from uringmig.batch.messages import Estimate
@@ -22,10 +26,15 @@ DEPTH_OTHERWISE: Final = 32
 
 @dataclass(frozen=True, slots=True)
 class Allowance:
-    """What a disk takes: requests in flight, and bytes per second (0 is no limit)."""
+    """What a disk takes: requests in flight, and bytes per second (0 is no limit).
+
+    Attributes:
+        stated: somebody has said so, so that no job may ask for more.
+    """
 
     depth: int
     rate: int = 0
+    stated: bool = False
 
 
 @dataclass(slots=True)
@@ -40,6 +49,18 @@ class Admission:
     allowances: Mapping[str, Allowance]
     otherwise: Allowance = Allowance(DEPTH_OTHERWISE)
     _in_use: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def fitted(self, job: Job, estimate: Estimate) -> Job:
+        """The job with no more requests in flight than the stated depth of its disks.
+
+        One to read and one to write always remain, and a depth of 1 is none for a copy.
+        """
+        roles = _roles(estimate)
+        stated = [self.allowance(key).depth // roles[key] for key in roles
+                  if self.allowance(key).stated]  # fmt: skip
+        most = max(1, min(stated, default=job.channels * job.depth))
+        channels = min(job.channels, most)
+        return replace(job, channels=channels, depth=min(job.depth, most // channels))
 
     def admit(self, job: Job, estimate: Estimate) -> int | None:
         """Take what a job needs, if it is to be had.

@@ -165,13 +165,17 @@ class ClusterPool:
         return [lost(key, f"its dask task failed: {error}", may_pass=True)]
 
     def _lost(self) -> list[Message]:
-        """Outcomes of orders whose worker the scheduler no longer knows."""
+        """Outcomes of orders whose worker the scheduler no longer knows, or that have none."""
         self._look()
         messages: list[Message] = []
         for key, task in list(self._tasks.items()):
             if task.worker is not None and task.worker not in self._workers:
                 self._forget(key)
                 messages.append(lost(key, f"dask worker {task.worker} is gone", may_pass=True))
+            elif task.worker is None and not self._slots(task.host):
+                # It died before it said that it had begun: the task would wait for another one.
+                self._forget(key)
+                messages.append(lost(key, "the dask worker for it is gone", may_pass=True))
         return messages
 
     def _forget(self, key: str) -> None:

@@ -5,7 +5,9 @@ The file is replaced as a whole, so that a collector never reads half of it.
 
 from __future__ import annotations
 
+import re
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
@@ -19,6 +21,12 @@ _MODE: Final = 0o644
 _STAGES: Final[tuple[Stage, ...]] = (
     "waiting", "running", "done", "skipped", "failed", "stopped",
 )  # fmt: skip
+_SUCCESS_AT: Final = "uringmig_job_last_success_timestamp_seconds"
+_SUCCESS_LINE: Final = re.compile(
+    _SUCCESS_AT + r'\{job="((?:[^"\\\n]|\\.)*)"\} (\d+(?:\.\d+)?)$', re.MULTILINE
+)
+#: Ten thousand jobs leave a tenth of this.
+_BYTES_MAX: Final = 64 << 20
 
 
 class MetricsFile:
@@ -31,6 +39,8 @@ class MetricsFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._written_at = float("-inf")
+        self._began = time.time()
+        self._successes = _former_successes(path)
         self.trouble = ""
 
     def look(self, view: RunView) -> None:
@@ -39,30 +49,64 @@ class MetricsFile:
             self.write(view)
 
     def changed(self, state: JobState) -> None:
-        """The next look shows it."""
+        """Note a success; the next look shows it."""
+        if state.stage in ("done", "skipped"):
+            self._successes[state.job.name] = time.time()
 
-    def write(self, view: RunView, *, ended: bool = False) -> None:
+    def succeeded(self, times: Mapping[str, float]) -> None:
+        """Note when jobs are known to have succeeded before; seconds of the epoch."""
+        for name, at in times.items():
+            self._successes[name] = max(at, self._successes.get(name, at))
+
+    def write(self, view: RunView, *, exit_code: int | None = None) -> None:
         """Write now.
 
         Args:
             view: what is so now.
-            ended: the run is over.
+            exit_code: the run is over, with this; None: it goes on.
         """
         self._written_at = time.monotonic()
         try:
-            data = render(view, now=time.time(), ended=ended).encode()
-            publish_bytes(self._path, data, mode=_MODE)
+            data = render(
+                view,
+                now=time.time(),
+                began=self._began,
+                exit_code=exit_code,
+                successes=self._successes,
+            )
+            publish_bytes(self._path, data.encode(), mode=_MODE)
         except UringmigError as error:
             self.trouble = f"metrics cannot be written: {error}"
         else:
             self.trouble = ""
 
 
-def render(view: RunView, *, now: float, ended: bool) -> str:
-    """The whole text; names end in their units, as Prometheus' conventions ask."""
+def render(
+    view: RunView,
+    *,
+    now: float,
+    began: float,
+    exit_code: int | None,
+    successes: Mapping[str, float],
+) -> str:
+    """The whole text; names end in their units, as Prometheus' conventions ask.
+
+    Args:
+        view: what is so now.
+        now: seconds of the epoch.
+        began: when the run began, likewise.
+        exit_code: of a run that is over, else None.
+        successes: when each job last succeeded, by name. Where no job is known because the job
+            file cannot be read, these are the jobs, and none of them was done.
+    """
     page = _Page()
     page.family("uringmig_run_ended", "gauge", "1 once every job is through.")
-    page.sample("uringmig_run_ended", int(ended))
+    page.sample("uringmig_run_ended", int(exit_code is not None))
+    page.family("uringmig_run_exit_code", "gauge", "What the run ended with; see the README.")
+    if exit_code is not None:
+        page.sample("uringmig_run_exit_code", exit_code)
+    page.family("uringmig_run_started_timestamp_seconds", "gauge", "When the run began.")
+    page.sample("uringmig_run_started_timestamp_seconds", round(began, 3))
     page.family("uringmig_run_updated_timestamp_seconds", "gauge", "When this was written.")
     page.sample("uringmig_run_updated_timestamp_seconds", round(now, 3))
     page.family("uringmig_run_seconds", "gauge", "How long the run has been going on.")
@@ -70,16 +114,42 @@ def render(view: RunView, *, now: float, ended: bool) -> str:
     page.family("uringmig_runner_memory_bytes", "gauge", "Anonymous memory of the runner.")
     page.sample("uringmig_runner_memory_bytes", view.runner_bytes)
     page.family("uringmig_jobs", "gauge", "Jobs by stage.")
+    unread = [] if view.jobs else sorted(successes)
     for stage in _STAGES:
-        page.sample("uringmig_jobs", view.count(stage), stage=stage)
+        more = len(unread) if stage == "failed" else 0
+        page.sample("uringmig_jobs", view.count(stage) + more, stage=stage)
+    page.family(_SUCCESS_AT, "gauge", "When the job last made an entry, or found it made.")
+    for name in unread or [state.job.name for state in view.jobs]:
+        if name in successes:
+            page.sample(_SUCCESS_AT, round(successes[name], 3), job=name)
+    page.family("uringmig_job_success", "gauge", "1 if the entry is whole, 0 if the job failed.")
+    for name in unread:
+        page.sample("uringmig_job_success", 0, job=name)
     _jobs(page, view)
     _disks(page, view)
     return page.text()
 
 
+def _former_successes(path: Path) -> dict[str, float]:
+    """When each job last succeeded, as an earlier run has left it.
+
+    Nothing if that is not to be had: the file may be another program's, or there is none.
+    """
+    try:
+        if not path.is_file():
+            return {}
+        with path.open("rb") as file:
+            text = file.read(_BYTES_MAX).decode(errors="replace")
+    except OSError:
+        return {}
+    return {
+        re.sub(r"\\(.)", lambda one: "\n" if one[1] == "n" else one[1], name): float(at)
+        for name, at in _SUCCESS_LINE.findall(text)
+    }
+
+
 def _jobs(page: _Page, view: RunView) -> None:
     """What is known of each job."""
-    page.family("uringmig_job_success", "gauge", "1 if the entry is whole, 0 if the job failed.")
     for state in view.jobs:
         if state.final:
             success = int(state.stage in ("done", "skipped"))

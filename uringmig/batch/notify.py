@@ -15,6 +15,9 @@ from typing import Final
 #: A watchdog is to hear twice as often as it asks for (sd_watchdog_enabled(3)).
 _WATCHDOG_FACTOR: Final = 0.5
 _STATUS_CHARS_MAX: Final = 512
+#: How much longer a start may take each time that is asked for, and how often it is.
+_START_SECONDS: Final = 60
+_EXTEND_SECONDS: Final = 10.0
 
 
 class Notifier:
@@ -27,7 +30,8 @@ class Notifier:
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
         self._address = _address(environment.get("NOTIFY_SOCKET", ""))
         self._interval_s = _watchdog_seconds(environment) * _WATCHDOG_FACTOR
-        self._fed_at = float("-inf")
+        self._fed_at = self._extended_at = float("-inf")
+        self._ready = False
         self._status = ""
         self._socket: socket.socket | None = None
         if self._address is not None:
@@ -37,6 +41,7 @@ class Notifier:
 
     def ready(self) -> None:
         """The run has begun: its plan fits and its archives are locked."""
+        self._ready = True
         self._send("READY=1")
 
     def status(self, text: str) -> None:
@@ -47,8 +52,15 @@ class Notifier:
             self._send(f"STATUS={text}")
 
     def alive(self) -> None:
-        """Feed the watchdog, as often as it needs it; call this from the loop that must go on."""
+        """Feed the watchdog as often as it needs it, and before `ready` ask for more time to start.
+
+        Call this from the loop that must go on.
+        """
         now = time.monotonic()
+        if not self._ready and now - self._extended_at >= _EXTEND_SECONDS:
+            # Looking at every source may take longer than a manager lets a service start.
+            self._extended_at = now
+            self._send(f"EXTEND_TIMEOUT_USEC={_START_SECONDS * 1_000_000}")
         if self._interval_s > 0 and now - self._fed_at >= self._interval_s:
             self._fed_at = now
             self._send("WATCHDOG=1")

@@ -54,6 +54,7 @@ def describe_run(summary: Summary) -> dict[str, Any]:
         "resumed": summary.resumed,
         "stopped_by": summary.stopped_by,
         "exit_code": summary.exit_code,
+        "error": summary.error,
         **{name: summary.count(name) for name in ("done", "skipped", "failed", "stopped")},
         "memory_bytes": summary.total(lambda one: one.memory_bytes),
         "stored_bytes": summary.total(lambda one: one.stored_bytes),
@@ -80,6 +81,7 @@ def render_markdown(summary: Summary) -> str:
         f"Job file `{summary.job_file}`: {counts or 'no jobs'}.",
         f"It took {format_duration(summary.seconds)}.",
         *(["Went on with an interrupted run."] if summary.resumed else []),
+        *([f"**The run ended early:** {_text(summary.error)}"] if summary.error else []),
         *([f"Stopped by signal {summary.stopped_by}."] if summary.stopped_by else []),
         "",
     ]
@@ -104,14 +106,23 @@ def write_report(summary: Summary, folder: Path) -> None:
     Raises:
         StorageError: they cannot be written.
     """
-    name = f"report-{summary.time}"
     encoded = msgspec.json.format(msgspec.json.encode(describe_run(summary)), indent=1) + b"\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StorageError("cannot make the folder", errno=error.errno, path=folder) from None
+    name = _free_name(folder, f"report-{summary.time}")
     publish_bytes(folder / f"{name}.md", render_markdown(summary).encode())
     publish_bytes(folder / f"{name}.json", encoded)
+
+
+def _free_name(folder: Path, name: str) -> str:
+    """A name that no earlier report has: an interrupted run and its end have the same time."""
+    number, found = 1, name
+    while (folder / f"{found}.md").exists() or (folder / f"{found}.json").exists():
+        number += 1
+        found = f"{name}-{number}"
+    return found
 
 
 def _table(jobs: Sequence[JobState]) -> list[str]:

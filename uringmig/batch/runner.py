@@ -233,7 +233,7 @@ class Run:
                 limit = limits.get(disk.name)
                 rate = 0 if limit is None else limit.rate
                 if limit is not None and limit.depth is not None:
-                    allowances[disk.key] = Allowance(limit.depth, rate)
+                    allowances[disk.key] = Allowance(limit.depth, rate, stated=True)
                 elif disk.key not in allowances:
                     allowances[disk.key] = Allowance(min(DEPTH_OTHERWISE, disk.requests_max), rate)
                     orders[f"disk {disk.key}"] = (_measuring(state, disk), state.job.host)
@@ -283,9 +283,11 @@ class Run:
                 state.attempts += 1
                 self._ended(state, failure(state.job.name, refusal))
             elif self._pool.has_room(host) and not self._crowded(state):
-                rate = self._admission.admit(state.job, state.estimate or _unseen(state.job))
+                estimate = state.estimate or _unseen(state.job)
+                job = self._admission.fitted(state.job, estimate)
+                rate = self._admission.admit(job, estimate)
                 if rate is not None:
-                    self._begin(state, rate)
+                    self._begin(state, job, rate)
 
     def _crowded(self, state: JobState) -> bool:
         """Say whether memory and the like must first be left by others, or are left to another."""
@@ -295,9 +297,8 @@ class Run:
             if other.stage == "running"
         )
 
-    def _begin(self, state: JobState, rate: int) -> None:
-        """Give a job to a worker."""
-        job = state.job
+    def _begin(self, state: JobState, job: Job, rate: int) -> None:
+        """Give a job, as it was admitted, to a worker."""
         state.attempts += 1
         try:
             place, previous = self._ledger.start(state)

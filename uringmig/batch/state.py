@@ -12,6 +12,7 @@ from typing import Final, Literal, Protocol
 
 from uringmig.batch.job import Job
 from uringmig.batch.messages import Archived, Estimate, Outcome, Progress
+from uringmig.signals import SIGNAL_EXIT_CODE
 
 #: ``waiting`` for its disks, a worker or another try; the last four are final.
 Stage = Literal["waiting", "running", "done", "skipped", "failed", "stopped"]
@@ -126,6 +127,8 @@ class Summary:
         resumed: it went on with an interrupted run.
         peak_runner_bytes: most anonymous memory the runner was seen to have.
         peak_worker_bytes: likewise, of any worker.
+        error: what ended the run before its jobs were through, or "".
+        error_code: the exit code of that.
     """
 
     job_file: str
@@ -138,6 +141,8 @@ class Summary:
     peak_worker_bytes: int
     notes: tuple[str, ...]
     depths: Mapping[str, int]
+    error: str = ""
+    error_code: int = 0
 
     def count(self, stage: Stage) -> int:
         """Jobs in a stage."""
@@ -149,7 +154,11 @@ class Summary:
 
     @property
     def exit_code(self) -> int:
-        """0; 1 with warnings; else the highest code of a job that failed."""
+        """0; 1 with warnings; else the highest code of a job that failed, or what ended the run."""
+        if self.error_code:
+            return self.error_code
+        if self.stopped_by is not None:
+            return SIGNAL_EXIT_CODE + self.stopped_by
         failed = [state.exit_code for state in self.jobs if state.stage == "failed"]
         warned = any(state.warnings for state in self.jobs)
         return max(failed, default=int(warned))

@@ -16,6 +16,7 @@ from typing import Annotated, Final, NoReturn
 import typer
 
 from uringmig import stdio
+from uringmig.batch.account import BUG_EXIT_CODE
 from uringmig.cli.archive import app as archive_app
 from uringmig.cli.bench import bench
 from uringmig.cli.inspect import inspect
@@ -30,8 +31,6 @@ from uringmig.signals import SIGNAL_EXIT_CODE, Interrupted, Signals
 
 #: Also under ``python -m uringmig``: the name that usage lines and shell completion go by.
 PROGRAM: Final = "uringmig"
-#: EX_SOFTWARE of sysexits.h.
-BUG_EXIT_CODE: Final = 70
 
 app: Final = typer.Typer(
     name=PROGRAM,

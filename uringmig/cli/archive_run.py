@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Final
 
 import typer
 
+from uringmig.batch.account import Account
 from uringmig.batch.job import JobFile, parse_jobs
 from uringmig.batch.ledger import Ledger
-from uringmig.batch.metrics import MetricsFile
 from uringmig.batch.notify import Notifier
 from uringmig.batch.planning import Plan
 from uringmig.batch.pool import LocalPool, Pool
-from uringmig.batch.report import describe_run, write_report
+from uringmig.batch.report import describe_run
 from uringmig.batch.runner import Run
 from uringmig.batch.state import Summary, Watcher
 from uringmig.batch.tuning import tune
@@ -44,6 +44,17 @@ class PlanShown:
     job_file: str
     plan: Plan
     fits: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    """How a run is to go; as the options of the same names."""
+
+    scheduler: str | None
+    workers: int | None
+    resume_within: float
+    profile: bool
+    profile_file: Path | None
 
 
 def run(
@@ -90,29 +101,48 @@ def run(
 ) -> None:
     """Archive everything a job file names; what an interrupted run has done is not done again."""
     session = session_of(context, json=json, quiet=quiet, verbose=verbose)
-    text = read_job_text(jobs)
-    job_file = parse_jobs(text, path=str(jobs.absolute()))
-    if profile or profile_file is not None:
-        job_file = _tuned(job_file, session.output, profile_file)
-    with ExitStack() as stack:
-        # Jobs are to end cleanly, each in its own process: the runner asks whether a signal came.
-        stack.enter_context(deferred())
-        ledger = stack.enter_context(
-            Ledger(job_file, text=text, write=not dry_run, resume_within_s=resume_within)
-        )
-        # Ended before the ledger is: no worker writes to an archive that is not locked.
-        pool = stack.enter_context(closing(_pool(scheduler, workers)))
-        session.output.warn_all(ledger.warnings)
-        if dry_run:
-            run = Run(ledger, pool, stop=lambda: session.signals.number)
-            _show_plan(session, ledger, run)
-        summary = _run(stack, session, ledger, pool, metrics_file)
-    if report is not None:
-        write_report(summary, report)
-    _show(session.output, summary, verbose=verbose)
+    output = session.output
+    options = _Options(scheduler, workers, resume_within, profile, profile_file)
+    if dry_run:
+        with _opened(session, jobs, options, None) as (ledger, pool):
+            _show_plan(session, ledger, Run(ledger, pool, stop=lambda: session.signals.number))
+    path = str(jobs.absolute())
+    with Account(path, metrics=metrics_file, report=report, warn=output.warn) as account:
+        with _opened(session, jobs, options, account) as (ledger, pool):
+            summary = _run(session, ledger, pool, account)
+        account.ended(summary, exit_code=max(summary.exit_code, output.exit_code))
+    _show(output, summary, verbose=verbose)
     if summary.stopped_by is not None:
         raise Interrupted(summary.stopped_by)
-    raise typer.Exit(max(summary.exit_code, session.output.exit_code))
+    raise typer.Exit(max(summary.exit_code, output.exit_code))
+
+
+@contextmanager
+def _opened(
+    session: Session, jobs: Path, options: _Options, account: Account | None
+) -> Iterator[tuple[Ledger, Pool]]:
+    """The ledger and the workers of a run; without an account nothing is changed.
+
+    Raises:
+        UringmigError: it cannot begin.
+    """
+    text = read_job_text(jobs)
+    job_file = parse_jobs(text, path=str(jobs.absolute()))
+    if account is not None:
+        account.jobs(job_file)
+    if options.profile or options.profile_file is not None:
+        job_file = _tuned(job_file, session.output, options.profile_file)
+    # Jobs are to end cleanly, each in its own process: the runner asks whether a signal came.
+    with (
+        deferred(),
+        Ledger(
+            job_file, text=text, write=account is not None, resume_within_s=options.resume_within
+        ) as ledger,
+        # Ended before the ledger is: no worker writes to an archive that is not locked.
+        closing(_pool(options.scheduler, options.workers)) as pool,
+    ):
+        session.output.warn_all(ledger.warnings)
+        yield ledger, pool
 
 
 def _tuned(job_file: JobFile, output: Output, profile_file: Path | None) -> JobFile:
@@ -130,20 +160,26 @@ def _tuned(job_file: JobFile, output: Output, profile_file: Path | None) -> JobF
     return tuned
 
 
-def _run(
-    stack: ExitStack, session: Session, ledger: Ledger, pool: Pool, metrics_file: Path | None
-) -> Summary:
+def _run(session: Session, ledger: Ledger, pool: Pool, account: Account) -> Summary:
     """Plan, refuse what cannot fit, and run with everybody watching."""
     output = session.output
-    notifier = stack.enter_context(closing(Notifier()))
-    watchers: list[Watcher] = [ServiceStatus(notifier), Lines(output)]
-    metrics = None if metrics_file is None else MetricsFile(metrics_file)
-    if metrics is not None:
-        watchers.append(metrics)
-    show = stack.enter_context(output.live())
-    if show is not None:
-        watchers.append(LiveTable(show))
-    run = Run(ledger, pool, watchers=watchers, stop=lambda: session.signals.number)
+    with closing(Notifier()) as notifier, output.live() as show:
+        watchers: list[Watcher] = [ServiceStatus(notifier), Lines(output)]
+        if account.metrics is not None:
+            watchers.append(account.metrics)
+        if show is not None:
+            watchers.append(LiveTable(show))
+        run = Run(ledger, pool, watchers=watchers, stop=lambda: session.signals.number)
+        account.running(run)
+        return _executed(output, ledger, run, notifier)
+
+
+def _executed(output: Output, ledger: Ledger, run: Run, notifier: Notifier) -> Summary:
+    """Plan and run.
+
+    Raises:
+        StorageError: the plan does not fit.
+    """
     if ledger.resumed:
         output.note(f"going on with the run of {ledger.time}, which was interrupted")
     try:
@@ -158,10 +194,6 @@ def _run(
     notifier.ready()
     summary = run.execute()
     notifier.stopping()
-    if metrics is not None:
-        metrics.write(run.view(), ended=True)
-        if metrics.trouble:
-            output.warn(metrics.trouble)
     return summary
 
 

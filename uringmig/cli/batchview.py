@@ -49,6 +49,7 @@ class Lines:
     def __init__(self, output: Output) -> None:
         self._output = output
         self._told: dict[str, tuple[float, str]] = {}
+        self._noted: set[str] = set()
 
     def look(self, view: RunView) -> None:
         """Progress of what runs."""
@@ -84,6 +85,12 @@ class Lines:
             self._output.complain(f"job {name} failed: {state.error}")
         elif state.stage == "waiting" and state.notes:
             self._output.complain(f"job {name}: {state.notes[-1]}; trying again")
+        if state.stage == "done" and state.archived is not None:
+            for note in state.archived.notes:
+                # What holds for the host or the disk is not said again for each of its jobs.
+                if note not in self._noted:
+                    self._noted.add(note)
+                    self._output.note(f"job {name}: {note}")
         if state.final:
             for warning in state.warnings:
                 self._output.complain(f"job {name}: warning: {warning}")
@@ -156,7 +163,10 @@ def _cells(state: JobState, *, now: float) -> list[RenderableType]:
 
 def _disk_line(disk: DiskView) -> str:
     """What a disk does, and what it is asked for."""
-    line = f"disk {disk.key}: {disk.in_flight} of {disk.depth} requests admitted"
+    admitted = min(disk.in_flight, disk.depth)
+    line = f"disk {disk.key}: {admitted} of {disk.depth} requests admitted"
+    if disk.in_flight > disk.depth:
+        line += f" (all, to one job that asks for {disk.in_flight})"
     if disk.rate:
         line += f", at most {disk.rate / 1e6:.0f} MB/s"
     if disk.busy is not None and disk.moved is not None:
