@@ -33,11 +33,11 @@ class Run:
     recording: Recording
 
     @classmethod
-    def of(cls, command: Sequence[str], root: Path) -> Run:
-        """Record a program that must end well."""
+    def of(cls, command: Sequence[str], root: Path, *, code: int = 0) -> Run:
+        """Record a program that must end with this exit code."""
         beginning = Disk(root)
         recording = record(command, root, trace=root.parent / "trace")
-        assert recording.code == 0, recording.err
+        assert recording.code == code, recording.err
         whole = beginning.copy()
         for call in recording.calls:
             whole.apply(call)

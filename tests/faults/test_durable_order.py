@@ -7,6 +7,7 @@ runs as a user starts it, with the pwrite engine, whose writes strace sees.
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -19,8 +20,8 @@ from systemcalls import Call, Recording, record
 
 from uringmig.archive import copyjournal
 from uringmig.archive.directory import Archive
-from uringmig.image.parse import parse_image
-from uringmig.options import WINDOW_BYTES
+from uringmig.image.parse import ParsedImage, parse_image
+from uringmig.options import PAGE_SIZE, WINDOW_BYTES
 from uringmig.storage.mainfile import open_for_reading
 from uringmig.units import MiB
 
@@ -188,13 +189,21 @@ def place_of(image: Path, chunk: copyjournal.Chunk) -> tuple[int, int]:
     """Where a journal's chunk lies in its image: offset and length."""
     if image.suffix == ".cold":
         return chunk.frame_offset, chunk.frame_length
-    file = open_for_reading(str(image))
-    try:
-        block = parse_image(file).blocks[chunk.block_index]
-    finally:
-        file.close()
+    block = parse_of(image).blocks[chunk.block_index]
     start = chunk.row * WINDOW_BYTES
     return block.pages_offset + start, min(WINDOW_BYTES, block.used_length - start)
+
+
+def parse_of(image: Path) -> ParsedImage:
+    with closing(open_for_reading(str(image))) as file:
+        return parse_image(file)
+
+
+def copy_archive(archived: ArchiveRun, root: Path) -> None:
+    """An archive of the same content, to do something to."""
+    (root / "archive").mkdir()
+    for path in (archived.root / "archive").iterdir():
+        (root / "archive" / path.name).write_bytes(path.read_bytes())
 
 
 @pytest.mark.parametrize("output", ["hot", "plain"])
@@ -223,9 +232,7 @@ def test_profile(tmp_path: Path) -> None:
 def test_removal(archived: ArchiveRun, tmp_path: Path) -> None:
     """The manifest's removal is durable before the image goes: never an image gone alone."""
     root = make_root(tmp_path)
-    (root / "archive").mkdir()
-    for path in (archived.root / "archive").iterdir():
-        (root / "archive" / path.name).write_bytes(path.read_bytes())
+    copy_archive(archived, root)
     image = archived.image("hot")
     calls = run("remove-entry", root / "archive", image.stem, root=root).calls
     with Archive.open(root / "archive", write=False) as archive:
@@ -239,3 +246,21 @@ def test_removal(archived: ArchiveRun, tmp_path: Path) -> None:
     image_gone = steps.index(("unlink", image.name))
     assert ("sync", "archive") in steps[manifest_gone:image_gone]
     assert ("sync", "archive") in steps[image_gone:]
+
+
+def test_known_damage_is_durable(archived: ArchiveRun, tmp_path: Path) -> None:
+    """What a verification found against an entry is kept when it is told."""
+    root = make_root(tmp_path)
+    copy_archive(archived, root)
+    image = root / "archive" / archived.image("hot").name
+    with image.open("r+b") as file:
+        file.seek(parse_of(image).blocks[0].pages_offset + PAGE_SIZE)
+        file.write(b"another page's beginning")
+    trace = tmp_path / "trace"
+    command = [*COMMAND, "archive", "verify", str(root / "archive"), "--engine", "pwrite", "--json"]
+    recording = record(command, root, trace=trace)
+    assert recording.code == 3, recording.err
+    calls = without_catalogue(recording.calls)
+    assert any(name.startswith(f"{image.name}.") for name in names_given(calls))
+    assert unsafe_names(calls) == []
+    assert unsettled(calls, at=last_word(calls)) == []

@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 import pytest
-from archiveentries import add_cold_entry, add_entry
+from archiveentries import add_cold_entry, add_entry, flip
 from batchjobs import check_archive, job, memory_of, write_jobs
 from forgetting import Run
 from hereruns import run_here
@@ -20,10 +22,14 @@ from smallguests import check_image, copy_of, left_in
 from smallprogram import COMMAND, be_small, save_guest, small_guest
 
 from uringmig import verify
+from uringmig.archive.checking import verify_archive
 from uringmig.archive.cold import open_cold
 from uringmig.archive.directory import Archive
 from uringmig.archive.restoring import restore_file
 from uringmig.contents.opening import open_contents
+from uringmig.image.parse import parse_image, read_bitmap
+from uringmig.options import PAGE_SIZE
+from uringmig.storage.mainfile import open_for_reading
 from uringmig.units import MiB
 
 #: Three windows and a bit: room for checkpoints in between.
@@ -191,3 +197,37 @@ def test_restore(folder: Path, output: str) -> None:
         assert left_in(root) == (["vm", "vm.manifest.json"] if output == "hot" else ["vm"])
 
     run.cut_by(0.1, check)
+
+
+def test_known_damage(folder: Path) -> None:
+    """What was told to be damaged is known to be, and what was known before always is."""
+    root = folder / "archive"
+    with Archive.open(root, write=True) as archive:
+        for name in ("known", "found"):
+            flip_page(Path(add_entry(archive, name).image))
+        verify_archive(archive, names=["known"])
+        assert archive.damage("known")
+        assert not archive.damage("found")
+    command = ["archive", "verify", str(root), "--engine", "pwrite", "--json"]
+    run = Run.of([*COMMAND, *command], root, code=3)
+
+    def check(cut: int) -> None:
+        told = b"result" in run.told(cut)
+        for write in (False, True):
+            with Archive.open(root, write=write) as archive:
+                assert {entry.name for entry in archive.entries()} == {"known", "found"}
+                assert archive.damage("known")
+                if told:
+                    assert archive.damage("found")
+        assert {path.suffix for path in root.iterdir()}.isdisjoint({".partial", ".former"})
+
+    run.cut_by(0.1, check)
+
+
+def flip_page(image: Path) -> None:
+    """Let a byte of the memory rot."""
+    with closing(open_for_reading(str(image))) as file:
+        block = parse_image(file).blocks[0]
+        bits = read_bitmap(file, block)
+    page = int(np.flatnonzero(np.unpackbits(bits, bitorder="little"))[0])
+    flip(str(image), block.pages_offset + page * PAGE_SIZE)
