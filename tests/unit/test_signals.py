@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from uringmig import signals
+from uringmig.cli.jobfile import read_job_text
 from uringmig.errors import PeerError
 from uringmig.qemu.devicestream import receive
 from uringmig.qemu.monitor import Monitor
@@ -257,3 +258,19 @@ def test_an_ignored_one_stays_ignored() -> None:
             assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_job_file_that_is_a_pipe_is_read_and_waited_for_until_a_signal(tmp_path: Path) -> None:
+    """`archive run <(generate)`: opening a pipe may wait for ever for whoever writes it."""
+    pipe = tmp_path / "jobs.toml"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=("jobs = []\n" * 10_000,))
+    writer.start()
+    assert read_job_text(pipe) == "jobs = []\n" * 10_000
+    writer.join()
+    timer = threading.Timer(0.2, signal.pthread_kill, [threading.get_ident(), signal.SIGTERM])
+    with Signals():
+        timer.start()
+        with pytest.raises(Interrupted):
+            read_job_text(pipe)
+        timer.join()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import select
 from pathlib import Path
 
+from uringmig import signals
 from uringmig.batch.job import BYTES_MAX, parse_jobs
 from uringmig.errors import StateError
 
@@ -15,12 +18,25 @@ def read_job_text(path: Path) -> str:
         StateError: it is no text of a sane size, or cannot be read.
     """
     try:
-        with path.open("rb") as file:
-            return file.read(BYTES_MAX + 1).decode()
+        # A pipe is opened without waiting for its writer, and waited for where a signal ends that.
+        with open(path, "rb", opener=_open_at_once) as file:
+            data = b""
+            while len(data) <= BYTES_MAX:
+                signals.wait_until_ready(file.fileno(), select.POLLIN, timeout_s=None)
+                more = os.read(file.fileno(), BYTES_MAX + 1 - len(data))
+                if not more:
+                    break
+                data += more
+            return data.decode()
     except OSError as error:
         raise StateError(f"{path}: cannot read the job file: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise StateError(f"{path}: not UTF-8 at byte {error.start}") from None
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open for reading without waiting."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def archive_of(path: str | Path) -> Path:
