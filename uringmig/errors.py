@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import errno as errno_names
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar, Final
 
 #: What a kernel says of a moment, not of a disk.
@@ -68,9 +70,11 @@ class BytesError(UringmigError):
         block: idstr of the ramblock concerned, or None.
         expected: what should be there, or None.
         found: what is there, or None.
+        path: the file at fault, where somebody has said so with `naming`, or None.
     """
 
     exit_code = 3
+    path: str | None = None
 
     def __init__(
         self,
@@ -172,6 +176,19 @@ class LimitError(HostError):
     def may_pass(self) -> bool:
         """Somebody else gives some back."""
         return True
+
+
+@contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Have what is wrong with the bytes of a file begin with its name, if it does not say it."""
+    try:
+        yield
+    except BytesError as error:
+        name = os.fspath(path)
+        if error.path is None and name not in str(error):
+            error.path = name
+            error.args = (f"{name}: {error}",)
+        raise
 
 
 def explained(error: BaseException) -> UringmigError | None:

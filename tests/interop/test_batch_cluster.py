@@ -26,6 +26,9 @@ from batchjobs import (
 )
 from commandline import finish, uringmig
 
+from uringmig.batch.cluster import ClusterPool
+from uringmig.batch.job import parse_jobs
+from uringmig.batch.messages import Examine, Message, Outcome
 from uringmig.units import MiB
 
 NODES = ("node1", "node2", "node3")
@@ -131,6 +134,31 @@ def test_a_host_without_a_worker_and_a_signal(tmp_path: Path, cluster: Cluster) 
     assert len(check_archive(tmp_path / "archive")) == 1
     again = run_jobs(path, "--scheduler", cluster.address, "--dry-run")
     assert [bool(row["done"]) for row in again.result()["plan"]["rows"]] == [False, False, True]
+
+
+def test_a_worker_that_dies_before_it_has_begun(tmp_path: Path, cluster: Cluster) -> None:
+    """Its task would wait for ever for another worker of that host, which never comes."""
+    make_image(tmp_path / "vm.mig", size=MiB)
+    path = write_jobs(tmp_path, job("a", "image = 'vm.mig'", host="node1"))
+    (wanted,) = parse_jobs(path.read_text(), path=str(path)).jobs
+    pool = ClusterPool(cluster.address)
+    try:
+        while pool.refusal("node1") is not None:
+            time.sleep(0.1)
+        victim = cluster.workers["node1"]
+        victim.send_signal(signal.SIGSTOP)
+        pool.submit(Examine(key="a", job=wanted), host="node1")
+        assert pool.poll(2.0) == []
+        ended(victim)
+        outcomes: list[Message] = []
+        while not outcomes:
+            outcomes = pool.poll(1.0)
+    finally:
+        pool.close()
+    (outcome,) = outcomes
+    assert isinstance(outcome, Outcome)
+    assert (outcome.ending, outcome.may_pass) == ("lost", True)
+    assert "gone" in outcome.error
 
 
 def test_no_scheduler_there(tmp_path: Path) -> None:

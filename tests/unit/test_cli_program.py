@@ -127,7 +127,7 @@ def test_a_hostile_file_is_3(tmp_path: Path, image: Path) -> None:
             done = uringmig(command, path, "--json")
             assert done.code == 3, name
             assert done.out.count("\n") == done.err.count("\n") == 1
-            assert done.err.startswith("uringmig: ")
+            assert done.err.startswith(f"uringmig: {path}: "), "which file is it?"
             assert "\x1b" not in done.err + done.out
             event = done.result()
             assert (event["event"], event["exit_code"]) == ("error", 3)

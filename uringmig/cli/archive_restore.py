@@ -13,7 +13,7 @@ from uringmig.archive.restoring import RestoreResult, restore_file, restore_into
 from uringmig.cli import parameters
 from uringmig.cli.archive_list import tell_state
 from uringmig.cli.session import Session, session_of
-from uringmig.errors import StateError
+from uringmig.errors import StateError, naming
 from uringmig.options import ReadOptions, WriteOptions
 from uringmig.qemu.monitor import Monitor
 from uringmig.qemu.streamload import StreamLoad
@@ -53,7 +53,7 @@ def restore(
     session = session_of(context, json=json, quiet=quiet, verbose=verbose)
     if (out is None) == (qmp is None):
         raise StateError("say where to: a file, or --qmp with the socket of a waiting QEMU")
-    with Archive.open(archive, write=False) as opened:
+    with Archive.open(archive, write=False) as opened, naming(opened.find(name).image):
         if qmp is not None:
             done: RestoreResult | StreamLoad = _into(opened, name, qmp, then, options, session)
         else:

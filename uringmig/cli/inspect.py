@@ -12,6 +12,7 @@ from uringmig.cli import parameters
 from uringmig.cli.output import Output
 from uringmig.cli.runlengths import RunLengths, run_lengths
 from uringmig.cli.session import session_of
+from uringmig.errors import naming
 from uringmig.format.constants import MAPPED_RAM_FILE_OFFSET_ALIGNMENT
 from uringmig.image import manifest
 from uringmig.options import PAGE_SIZE, ReadOptions
@@ -71,7 +72,10 @@ def inspect(
     """Show what an image holds: machine, blocks, pages, device sections, and what is unusual."""
     output = session_of(context, json=json, quiet=quiet, verbose=False).output
     # No page is read, so which engine could do it does not matter.
-    with MappedRamReader(file, offset=offset, options=ReadOptions(engine="pwrite")) as reader:
+    with (
+        naming(file),
+        MappedRamReader(file, offset=offset, options=ReadOptions(engine="pwrite")) as reader,
+    ):
         summary = _summarise(reader, file)
         _judge(output, reader)
     output.result("inspect", summary, _lines(summary))

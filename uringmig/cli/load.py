@@ -9,6 +9,7 @@ import typer
 
 from uringmig.cli import parameters
 from uringmig.cli.session import session_of
+from uringmig.errors import naming
 from uringmig.qemu.monitor import Monitor
 from uringmig.qemu.restore import LoadResult, load_into
 from uringmig.units import format_size
@@ -36,7 +37,7 @@ def load(
     # Only its check of the number is wanted: QEMU does the reading.
     replace(parameters.READ, channels=channels or parameters.READ.channels)
     with Monitor(qmp) as monitor:
-        with output.waiting(f"QEMU loads {file}"):
+        with naming(file), output.waiting(f"QEMU loads {file}"):
             done = load_into(monitor, file, offset=offset, channels=channels, direct=direct)
         if then == "cont" and done.run_state != "running":
             monitor.execute("cont")

@@ -277,6 +277,7 @@ def _fields_of(error: UringmigError) -> dict[str, object]:
             "offset": error.offset,
             "expected": error.expected,
             "found": error.found,
+            "path": error.path,
         }
     if isinstance(error, StorageError):
         return {"path": error.path, "offset": error.offset, "errno": error.errno}

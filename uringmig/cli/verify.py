@@ -6,7 +6,7 @@ import typer
 
 from uringmig.cli import parameters
 from uringmig.cli.session import session_of
-from uringmig.errors import MismatchError
+from uringmig.errors import MismatchError, naming
 from uringmig.options import ReadOptions
 from uringmig.units import format_size
 from uringmig.verify import verify as verify_image
@@ -26,7 +26,8 @@ def verify(
     """Check an image's structure, then its bytes against its manifest if there is one."""
     session = session_of(context, json=json, quiet=quiet, verbose=verbose)
     output = session.output
-    report = verify_image(file, offset=offset, options=options, progress=session.progress)
+    with naming(file):
+        report = verify_image(file, offset=offset, options=options, progress=session.progress)
     missing = report.manifest_path is None
     for note in report.notes:
         # The last note is that there was nothing to compare with, if that is so.
