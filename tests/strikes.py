@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from commandline import PROGRAM, Ended
 
 #: What `Signals` turns into an exit code, and what a signal does before there are handlers.
-NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,21 @@ class Struck(Ended):
 
 
 def strike(
-    folder: Path, call: str, when: int, number: signal.Signals, *arguments: object
+    folder: Path,
+    call: str,
+    when: int,
+    number: signal.Signals,
+    *arguments: object,
+    only: Sequence[Path] = (),
 ) -> Struck:
-    """Run the program; each of its threads gets the signal in its ``when``-th ``call``."""
+    """Run the program; each of its threads gets the signal in its ``when``-th ``call``.
+
+    ``only`` counts calls that have to do with these files.
+    """
     log = folder / "strikes.log"
     done = subprocess.run(
-        ["strace", "-f", "-qq", "-o", str(log), "-e", f"trace={call}",
+        ["strace", "-f", "-qq", "-o", str(log), *(f"-P{path}" for path in only),
+         "-e", f"trace={call}",
          "-e", f"inject={call}:signal={number.name}:when={when}", *PROGRAM, *map(str, arguments)],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
@@ -53,7 +62,12 @@ def strike(
 
 
 def sweep(
-    folder: Path, call: str, *arguments: object, every: int = 1, undisturbed: int = 0
+    folder: Path,
+    call: str,
+    *arguments: object,
+    every: int = 1,
+    undisturbed: int = 0,
+    only: Sequence[Path] = (),
 ) -> Iterator[Struck]:
     """Strike at each ``call`` in turn, with one signal after the other, until there is none left.
 
@@ -63,7 +77,9 @@ def sweep(
     Whoever takes the runs puts things back as they were before each.
     """
     when = 1
-    while (struck := strike(folder, call, when, NUMBERS[when % len(NUMBERS)], *arguments)).hit:
+    while (
+        struck := strike(folder, call, when, NUMBERS[when % len(NUMBERS)], *arguments, only=only)
+    ).hit:
         yield struck
         when += every
     assert when > 1, f"{call} is never called"
