@@ -24,7 +24,8 @@ def entry(name: str, time: datetime, *, vm: str = "vm", condition: str = "unchec
         source_kind="qmp", source_path="", source_fingerprint="", content_digest="00" * 16,
         memory_bytes=0, stored_bytes=0, file_bytes=0, image="", manifest="",
         verified_at="2026-01-01T00:00:00+00:00" if condition == "good" else None,
-        damaged_chunks=int(condition == "damaged"),
+        damaged_chunks=int(condition in ("damaged", "missing")),
+        missing=condition == "missing",
     )  # fmt: skip
 
 
@@ -87,6 +88,10 @@ def of(*conditions: str) -> list[Entry]:
         (["good", "damaged", "damaged"], ["good0", "damaged2"]),
         (["unchecked", "damaged", "damaged"], ["unchecked0", "damaged2"]),
         (["damaged", "damaged"], ["damaged1"]),
+        (["damaged", "missing"], ["damaged0", "missing1"]),
+        (["missing", "missing"], ["missing1"]),
+        (["good", "missing"], ["good0", "missing1"]),
+        (["unchecked", "missing"], ["unchecked0", "missing1"]),
         (["good", "unchecked", "good"], ["good2"]),
         (["good", "unchecked", "damaged"], ["good0", "unchecked1", "damaged2"]),
     ],
@@ -111,7 +116,7 @@ entries_of_all_kinds = st.lists(
         st.uuids().map(str),
         st.integers(-48, 24 * 100).map(lambda hours: NOW - timedelta(hours=hours)),
         vm=st.sampled_from(["a", "b"]),
-        condition=st.sampled_from(["good", "unchecked", "damaged"]),
+        condition=st.sampled_from(["good", "unchecked", "damaged", "missing"]),
     ),
     max_size=30,
     unique_by=lambda one: one.name,
@@ -129,7 +134,7 @@ def obvious(vm: str, entries: list[Entry], rules: dict[str, Any]) -> set[str]:
     """Rule by rule, period by period, with no cleverness."""
     mine = sorted((e for e in entries if e.vm == vm), key=lambda e: (e.created_time, e.name))
     stay = {e.name for e in mine if e.created_time > NOW}
-    for few in (mine, [e for e in mine if e.condition != "damaged"]):
+    for few in (mine, [e for e in mine if e.condition in ("good", "unchecked")]):
         past = [e for e in few if e.created_time <= NOW][::-1]
         stay |= {e.name for e in past[: rules["keep_last"]]}
         for rule, text in (("daily", "%Y-%m-%d"), ("weekly", "%G-%V"), ("monthly", "%Y-%m")):
@@ -140,13 +145,15 @@ def obvious(vm: str, entries: list[Entry], rules: dict[str, Any]) -> set[str]:
                     periods.append(period)
                     stay.add(e.name)
     goods = [e.name for e in mine if e.condition == "good"]
-    sound = [e.name for e in mine if e.condition != "damaged"]
+    sound = [e.name for e in mine if e.condition in ("good", "unchecked")]
     if goods:
         if not stay & set(goods):
             stay.add(goods[-1])
     elif sound:
         if not stay & set(sound):
             stay.add(sound[-1])
-    elif mine and not stay:
-        stay.add(mine[-1].name)
+    elif mine and not stay & {e.name for e in mine if e.condition == "damaged"}:
+        there = [e.name for e in mine if e.condition == "damaged"]
+        if there or not stay:
+            stay.add((there or [e.name for e in mine])[-1])
     return stay

@@ -96,7 +96,7 @@ class Catalogue:
     @property
     def exists(self) -> bool:
         """Whether there is a file at all."""
-        return self.path.exists()
+        return os.path.lexists(self.path)
 
     def create(self) -> None:
         """Make an empty one where there is none, its owner's only: it names guests."""
@@ -179,7 +179,7 @@ class Catalogue:
 
     def clear_log(self) -> None:
         """Remove a log that a killed writer left before there was anything in it to undo."""
-        if Path(f"{self.path}{_JOURNAL}").exists():
+        if os.path.lexists(f"{self.path}{_JOURNAL}"):
             with self._naming(), closing(self._connect("rw")) as connection:
                 # SQLite removes it, under its own lock, on the way from the one to the other.
                 connection.execute("PRAGMA journal_mode = PERSIST")
@@ -242,10 +242,11 @@ class Catalogue:
             yield connection
 
     def _connect(self, mode: str) -> sqlite3.Connection:
-        if mode != "rwc" and self.exists and not self.path.is_file():
+        regular = os.path.isfile(self.path)  # noqa: PTH113 - which may raise
+        if mode != "rwc" and self.exists and not regular:
             raise FormatError(f"{self.path}: the catalogue is not a regular file; {CURE}")
         # It would be played in by opening the file, and for good by closing it.
-        if Path(f"{self.path}{_WAL}").exists():
+        if os.path.lexists(f"{self.path}{_WAL}"):
             raise FormatError(f"{self.path}: the catalogue has a log that is not ours; {CURE}")
         uri = f"{self.path.absolute().as_uri()}?mode={mode}"
         connection = sqlite3.connect(uri, uri=True, timeout=_BUSY_SECONDS, isolation_level=None)

@@ -257,7 +257,7 @@ class Archive:
             )
         for other in (image_path(self.path, name, "hot"), image_path(self.path, name, "cold")):
             for path in (other, manifest_path(other), note_path(other)):
-                if path.exists() or path.is_symlink():
+                if os.path.lexists(path):
                     raise StateError(f"{path}: there already is something of this name")
 
     def add(self, image: str | os.PathLike[str]) -> Entry:
@@ -303,7 +303,7 @@ class Archive:
         return [
             Place(image, journal_path(image))
             for image in images
-            if split_image_name(image.name) and journal_path(image).exists()
+            if split_image_name(image.name) and os.path.lexists(journal_path(image))
         ]
 
     def discard(self, place: Place) -> None:

@@ -9,7 +9,8 @@ that is kept in a note beside them first, and in the catalogue then.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, field
+import os
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from uringmig.archive.catalogue import Catalogue, Row
@@ -125,8 +126,13 @@ def _write_down(
     seen = [one for one in found.seen if one.row is not None]
     if catalogue.exists and not known.trouble:
         rows = [one.row for one in seen if one.row is not None and one.unlisted]
-        if rows:
-            catalogue.put(rows)
+        try:
+            if rows:
+                catalogue.put(rows)
+        except StorageError:
+            # Stamps alone only save reading.
+            if not all(_is_known(row, known) for row in rows):
+                raise
         catalogue.clear_log()
         return
     if known.trouble and not (known.damaged or anew):
@@ -143,6 +149,12 @@ def _write_down(
     new.put_all(one.row for one in seen if one.row is not None)
     new.replace(catalogue)
     sync_folder(folder)
+
+
+def _is_known(row: Row, known: Known) -> bool:
+    """Whether the catalogue lacks nothing of a row but the stamp."""
+    former = known.rows.get(row.entry.name)
+    return former is not None and former.entry == replace(row.entry, damaged_chunks=0)
 
 
 def clear_leftovers(folder: Path, report: HealReport) -> None:
@@ -187,7 +199,7 @@ def _finish_publication(image: Path, sidecar: Path, report: HealReport) -> None:
     with unwritten(image) as free:
         if not free:
             return
-        if manifest_path(image).exists():
+        if os.path.lexists(manifest_path(image)):
             _clear(sidecar, report)
             return
         try:

@@ -135,7 +135,7 @@ def look_at(
     known = row.entry if row is not None else note.entry if note is not None else None
     stamp, entry, trouble, missing = _look_at_manifest(image, row, known)
     if entry is None:
-        return Seen(problem=_problem_of(image, note, trouble))
+        return Seen(problem=_problem_of(image, note, "" if missing else trouble))
     wrong, gone = _look_at_image(image, entry)
     trouble, missing = trouble or wrong, missing or gone
     places = {one.chunk: one for one in (*damage, *(note.damage if note else ()))}
@@ -235,15 +235,18 @@ def _look_at_image(image: Path, entry: Entry) -> tuple[str, bool]:
 
 
 def _problem_of(image: Path, note: Note | None, trouble: str) -> str:
-    """What to say of files that are no entry; empty if they are none, or not yet."""
+    """What to say of files that are no entry; empty if there are none, or not yet.
+
+    ``trouble`` is what is wrong with the manifest; empty is: it is not there.
+    """
     manifest = manifest_path(image)
     if note is not None and note.entry is None:
         return f"{image}: {note.damage[0].text}"
-    if manifest.exists() or manifest.is_symlink():
+    if trouble:
         return trouble if str(image) in trouble else f"{image}: {trouble}"
-    if not image.exists():
+    if not os.path.lexists(image):
         return ""
-    if Path(f"{manifest}{PARTIAL}").exists():
+    if os.path.lexists(f"{manifest}{PARTIAL}"):
         with unwritten(image) as free:
             if not free:
                 return ""  # Its writer is between the two renames.

@@ -7,6 +7,7 @@ cannot be written, the files go all the same.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Final
@@ -39,7 +40,7 @@ def remove_entries(catalogue: Catalogue, images: Sequence[Path]) -> list[str]:
     try:
         remove_files(images)
     except StorageError:
-        whole = [image for image in images if _is_there(manifest_path(image))]
+        whole = [image for image in images if os.path.lexists(manifest_path(image))]
         _trouble_with(lambda: catalogue.mark(_names(whole), removing=False))
         raise
     finally:
@@ -116,8 +117,4 @@ def _names(images: Iterable[Path]) -> list[str]:
 
 
 def _has_files(image: Path) -> bool:
-    return _is_there(image) or _is_there(manifest_path(image))
-
-
-def _is_there(path: Path) -> bool:
-    return path.exists() or path.is_symlink()
+    return os.path.lexists(image) or os.path.lexists(manifest_path(image))
