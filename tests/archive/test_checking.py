@@ -14,6 +14,7 @@ from loopdisk import mounted, run
 from pagecache import drop, resident_bytes
 from smallguests import MIB
 
+from uringmig import progress
 from uringmig.archive import checking
 from uringmig.archive.checking import ArchiveCheck, verify_archive
 from uringmig.archive.damagenotes import STREAM_CHUNK
@@ -249,7 +250,7 @@ def test_run_that_is_killed_goes_on_where_the_catalogue_says(
 ) -> None:
     monkeypatch.setattr(checking, "_SLICE_CHUNKS", 1)
     monkeypatch.setattr(checking, "_KEEP_SECONDS", 0)
-    monkeypatch.setattr(checking, "_TELL_SECONDS", 0)
+    monkeypatch.setattr(progress, "_INTERVAL_SECONDS", 0)
     add_entry(archive, "one", ram_bytes=RAM)
 
     def die(snapshot: Snapshot) -> None:
@@ -278,7 +279,7 @@ def test_entries_by_name_and_wrong_arguments(archive: Archive) -> None:
 def test_progress_counts_what_was_compared(
     archive: Archive, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checking, "_TELL_SECONDS", 0)
+    monkeypatch.setattr(progress, "_INTERVAL_SECONDS", 0)
     entry = add_entry(archive, "one", ram_bytes=RAM)
     seen: list[Snapshot] = []
     verify_archive(archive, progress=seen.append)
@@ -291,7 +292,7 @@ def test_progress_counts_what_was_compared(
 def test_entry_removed_meanwhile_is_no_damage(
     archive: Archive, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checking, "_TELL_SECONDS", 0)
+    monkeypatch.setattr(progress, "_INTERVAL_SECONDS", 0)
     for name, day in (("a", 1), ("b", 2)):
         add_entry(archive, name, created=f"2026-01-0{day}T00:00:00+00:00")
 

@@ -26,13 +26,12 @@ from uringmig.contents.source import Row, all_rows, row_length
 from uringmig.errors import BytesError, StateError, StorageError, UringmigError
 from uringmig.image.manifest import Tier
 from uringmig.options import ReadOptions
-from uringmig.progress import ProgressCallback, Snapshot
+from uringmig.progress import ProgressCallback, Teller
 
 #: Chunks between two looks at the clock: half a gigabyte of guest, a fraction of a second.
 _SLICE_CHUNKS: Final = 128
 #: What a kill costs at most, and the catalogue is written no more often.
 _KEEP_SECONDS: Final = 5.0
-_TELL_SECONDS: Final = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,10 +144,8 @@ class _Run:
         self._entries = entries
         self._started = time.monotonic()
         self._deadline = math.inf if seconds is None else self._started + seconds
-        self._progress = progress
-        self._told_at = -math.inf
-        self._total_bytes = int(sum(entry.memory_bytes for entry in entries) * (share or 1))
-        self._checked_bytes = 0
+        total_bytes = int(sum(entry.memory_bytes for entry in entries) * (share or 1))
+        self._teller = Teller(progress, total_bytes=total_bytes)
 
     def report(self) -> ArchiveCheck:
         """Look at the entries."""
@@ -163,14 +160,14 @@ class _Run:
                 checks.append(check)
             if check is None or check.damage or visit.is_cleared:
                 doubtful.discard(entry.name)
-        self.tell(0, now=True)
+        self._teller.tell("verify")
         reached = {check.name for check in checks}
         notes = [f"what was found cannot all be kept: {self.archive.unkept}"]
         return ArchiveCheck(
             path=str(self.archive.path),
             entries=tuple(checks),
             not_reached=tuple(e.name for e in self._entries if e.name not in reached),
-            checked_bytes=self._checked_bytes,
+            checked_bytes=self._teller.counters.finished_bytes,
             damaged=sum(bool(check.damage) for check in checks),
             known_damaged=tuple(e.name for e in self._entries if e.name in doubtful),
             seconds=time.monotonic() - self._started,
@@ -181,26 +178,13 @@ class _Run:
         """Say whether to stop."""
         return time.monotonic() >= self._deadline
 
-    def tell(self, more_bytes: int, *, now: bool = False) -> None:
+    def tell(self, more_bytes: int) -> None:
         """Count what has been looked at, and tell of it."""
-        self._checked_bytes += more_bytes
-        time_now = time.monotonic()
-        if self._progress is None or not (now or time_now - self._told_at >= _TELL_SECONDS):
-            return
-        self._told_at = time_now
-        self._progress(
-            Snapshot(
-                phase="verify",
-                total_bytes=self._total_bytes,
-                scanned_bytes=self._checked_bytes,
-                zero_bytes=0,
-                finished_bytes=self._checked_bytes,
-                completed_bytes=self._checked_bytes,
-                in_flight_bytes=0,
-                seconds=time_now - self._started,
-                channels=(),
-            )
-        )
+        counters = self._teller.counters
+        counters.scanned_bytes += more_bytes
+        counters.finished_bytes += more_bytes
+        counters.completed_bytes += more_bytes
+        self._teller.tell("verify", now=False)
 
 
 @dataclass(slots=True)
