@@ -254,6 +254,14 @@ def pure_stays_pure(module: Module) -> Iterator[str]:
             yield f"{node.lineno}: {module.name} is pure and opens a file"
 
 
+def scratch_files_have_no_names(module: Module) -> Iterator[str]:
+    """A file with a name stays when the process is killed; see storage/nameless.py."""
+    if module.in_package and not module.name.startswith("testing."):
+        for line, name in imports(module):
+            if name.split(".")[0] == "tempfile":
+                yield f"{line}: scratch files are those of storage/nameless.py"
+
+
 def liburing_has_one_door(module: Module) -> Iterator[str]:
     if not module.in_package or module.name == "storage.liburing":
         return
@@ -335,6 +343,7 @@ RULES: Final[tuple[Callable[[Module], Iterator[str]], ...]] = (
     arrows_hold,
     pure_stays_pure,
     liburing_has_one_door,
+    scratch_files_have_no_names,
     options_are_made_in_one_place,
     sizes_are_bounded,
     only_output_prints,
@@ -383,6 +392,7 @@ BAD: Final[list[tuple[Callable[[Module], Iterator[str]], str, str]]] = [
     (pure_stays_pure, "plan", "import threading as t"),
     (pure_stays_pure, "transfer", "data = open('x')"),
     (liburing_has_one_door, "storage.ring", "import liburing"),
+    (scratch_files_have_no_names, "batch.disks", "from tempfile import NamedTemporaryFile"),
     (liburing_has_one_door, "cli", "from liburing import Ring"),
     (liburing_has_one_door, "channel", "from uringmig.storage import liburing"),
     (liburing_has_one_door, "storage.pwrite", "lib = ctypes.CDLL('liburing-ffi.so.2')"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,30 @@ def test_measured_in_a_folder_and_by_a_file(tmp_path: Path) -> None:
         assert found.depth in (4, 8, 16)
         assert found.rate > 0
     assert [path.name for path in tmp_path.iterdir()] == ["image"]
+
+
+def test_a_measurement_that_is_killed_leaves_nothing(tmp_path: Path) -> None:
+    """Its file has no name at any moment, so there is none to be left."""
+    pid = os.fork()
+    if not pid:
+        while True:
+            measure_depth(str(tmp_path), depth_max=64)
+    # Until a good part of the file is there it is nowhere to be seen, and then neither.
+    while not any(size >= 16 * MiB for size in open_sizes(pid, tmp_path)):
+        assert not list(tmp_path.iterdir())
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert not list(tmp_path.iterdir())
+
+
+def open_sizes(pid: int, folder: Path) -> list[int]:
+    """Lengths of what a process holds open of a folder's."""
+    found = []
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            if str(link.readlink()).startswith(f"{folder}/"):
+                found.append(link.stat().st_size)
+    return found
 
 
 def test_a_disk_that_is_too_small_to_measure_says_so(tmp_path: Path) -> None:
