@@ -257,8 +257,8 @@ def pure_stays_pure(module: Module) -> Iterator[str]:
 def scratch_files_have_no_names(module: Module) -> Iterator[str]:
     """A file with a name stays when the process is killed; see storage/nameless.py."""
     if module.in_package and not module.name.startswith("testing."):
-        for line, name in imports(module):
-            if name.split(".")[0] == "tempfile":
+        for line, text in enumerate(module.source.splitlines(), 1):
+            if re.search(r"\b(NamedTemporaryFile|TemporaryDirectory|mkstemp|mkdtemp)\b", text):
                 yield f"{line}: scratch files are those of storage/nameless.py"
 
 

@@ -106,6 +106,7 @@ def test_killed_at_every_single_step(tmp_path: Path) -> None:
         found.append(check_whole(path, guests))
         # What is left beside it is told by its name, and gone after the next save.
         others = {"vm.partial", "vm.manifest.json", "vm.manifest.json.partial"}
+        others |= {"vm.former~", "vm.manifest.json.former~"}
         assert set(left_in(tmp_path)) <= {"vm"} | others
         save(path, 0, ram_bytes=size)
         assert check_whole(path, guests) == 0
