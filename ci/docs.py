@@ -216,11 +216,7 @@ def command_line() -> Any:
     """The program's click command."""
     from uringmig import cli
 
-    if hasattr(cli.app, "list_commands"):
-        return cli.app
-    import typer
-
-    return typer.main.get_command(cli.app)
+    return cli.app
 
 
 def _commands(command: Any, context: Any) -> Iterator[tuple[Any, Any]]:

@@ -66,7 +66,7 @@ IMPURE_IMPORTS: Final = frozenset(
 #: Who may import whom: a module may import what its part reaches through these edges, and its own
 #: part. A part is the longest prefix of the module's name (without the package) that stands here.
 ARROWS: Final[dict[str, tuple[str, ...]]] = {
-    "cli": ("bench", "batch", "verify", "qemu", "wire", "signals", "starting"),
+    "cli": ("version", "bench", "batch", "verify", "qemu", "wire", "signals", "starting"),
     "batch": ("profile", "archive", "verify", "qemu", "wire", "signals", "starting"),
     "archive": (
         "contents",
@@ -114,6 +114,7 @@ ARROWS: Final[dict[str, tuple[str, ...]]] = {
     "options": ("units",),
     "iobatch": ("units",),
     "units": ("errors",),
+    "version": (),
     "errors": (),
 }
 #: The two that ask C liburing for a ring: one to use it, one to know beforehand whether it could.

@@ -23,6 +23,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import ClassVar, Final
 
+#: EX_SOFTWARE of sysexits.h: of a bug of ours. Python's own would be 1, which is a warning here.
+BUG_EXIT_CODE: Final = 70
 #: What a kernel says of a moment, not of a disk.
 _PASSING: Final = frozenset(
     {errno_names.EAGAIN, errno_names.EBUSY, errno_names.EINTR, errno_names.ENOMEM}

@@ -55,15 +55,15 @@ def test_every_declared_function_has_both_types() -> None:
 
 
 def test_structures_have_the_kernel_s_sizes() -> None:
-    assert liburing.SQE_DTYPE.itemsize == 64
-    assert liburing.CQE_DTYPE.itemsize == 16
+    assert ring.SQE_DTYPE.itemsize == 64
+    assert ring.CQE_DTYPE.itemsize == 16
     assert ctypes.sizeof(liburing.IoUring) == 216
     assert ctypes.sizeof(liburing.SubmissionQueue) == 104
     assert ctypes.sizeof(liburing.CompletionQueue) == 88
     assert ctypes.sizeof(liburing.Timespec) == 16
-    offsets = {name: liburing.SQE_DTYPE.fields[name][1] for name in ("off", "addr", "len")}  # type: ignore[index]
+    offsets = {name: ring.SQE_DTYPE.fields[name][1] for name in ("off", "addr", "len")}  # type: ignore[index]
     assert offsets == {"off": 8, "addr": 16, "len": 24}
-    assert liburing.SQE_DTYPE.fields["user_data"][1] == 32  # type: ignore[index]
+    assert ring.SQE_DTYPE.fields["user_data"][1] == 32  # type: ignore[index]
 
 
 def test_this_kernel_gives_the_best_flags() -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
+import click
 import pytest
 from archiveentries import add_cold_entry, add_entry
 from batchjobs import job, job_ends, make_image, run_jobs, write_jobs
 from commandline import uringmig
 from plainstreams import random_stream
-from typer.main import get_command
 
 from uringmig.archive.directory import Archive
 from uringmig.batch.job import parse_jobs
@@ -26,21 +25,23 @@ TRANSFERS = {"save", "verify", "archive verify", "archive restore"}
 BLOCK_SIZES = ["4K", "8K", "12K", "4M"]
 
 
-def commands(group: Any, before: str = "") -> dict[str, Any]:
+def commands(group: click.Command, before: str = "") -> dict[str, click.Command]:
     """Every command of the program by its whole name."""
-    found: dict[str, Any] = {}
-    for name, command in getattr(group, "commands", {}).items():
-        if hasattr(command, "commands"):
-            found |= commands(command, f"{before}{name} ")
-        else:
-            found[before + name] = command
+    if not isinstance(group, click.Group):
+        return {before.strip(): group}
+    found: dict[str, click.Command] = {}
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        assert command is not None
+        found |= commands(command, f"{before}{name} ")
     return found
 
 
 def test_every_command_that_moves_pages_has_every_option_of_a_transfer() -> None:
     """With the defaults of `uringmig.options`; a new command or option is found by this."""
     with_options = set()
-    for name, command in commands(get_command(app)).items():
+    for name, command in commands(app).items():
         defaults = {one.name: one.default for one in command.params if one.name in NAMES}
         if not defaults:
             continue

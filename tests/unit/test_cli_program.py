@@ -209,7 +209,7 @@ def test_io_uring_required_where_it_is_refused_is_6(image: Path, number: int) ->
 
 def test_a_bug_of_ours_is_70_and_never_1(image: Path) -> None:
     """1 would say that all is done, with warnings."""
-    bug = "import sys, uringmig.cli as c; "
+    bug = "import sys, uringmig.cli as c, uringmig.cli.verify; "
     bug += "sys.modules['uringmig.cli.verify'].verify_image = lambda *_, **__: 1 / 0; c.main()"
     done = subprocess.run(
         [sys.executable, "-c", bug, "verify", image, "--json"],
@@ -359,10 +359,8 @@ def test_a_name_that_is_not_text_is_no_traceback(image: Path) -> None:
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_script_and_answers(shell: str) -> None:
-    environment = {**os.environ, "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
     script = subprocess.run(
         [*PROGRAM, "--show-completion", shell],
-        env=environment,
         capture_output=True,
         text=True,
         check=True,
@@ -374,13 +372,13 @@ def test_completion_offers_commands_and_choices() -> None:
     def complete(line: str) -> list[str]:
         environment = {
             **os.environ,
-            "_URINGMIG_COMPLETE": "complete_bash",
+            "_URINGMIG_COMPLETE": "bash_complete",
             "COMP_WORDS": line,
             "COMP_CWORD": str(len(line.split(" ")) - 1),
         }
-        return subprocess.run(
-            PROGRAM, env=environment, capture_output=True, text=True, check=True
-        ).stdout.split()
+        done = subprocess.run(PROGRAM, env=environment, capture_output=True, text=True, check=True)
+        # Each is the kind of completion (a word; a file name) and the word.
+        return [line.removeprefix("plain,") for line in done.stdout.split()]
 
     assert complete("uringmig ") == [
         "save", "load", "inspect", "verify", "bench", "archive",
@@ -388,17 +386,25 @@ def test_completion_offers_commands_and_choices() -> None:
     assert complete("uringmig verify x --engine ") == ["auto", "io_uring", "pwrite"]
 
 
-def test_completion_is_installed_in_the_shell_start_files(tmp_path: Path) -> None:
-    environment = {
-        **os.environ,
-        "HOME": str(tmp_path),
-        "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1",
-    }
-    subprocess.run(
-        [*PROGRAM, "--install-completion", "bash"], env=environment, capture_output=True, check=True
-    )
-    written = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert any("_URINGMIG_COMPLETE" in path.read_text() for path in written)
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_is_installed_where_the_shell_looks(tmp_path: Path, shell: str) -> None:
+    """For a shell that is named, or else for the one at hand."""
+    environment = {**os.environ, "HOME": str(tmp_path), "SHELL": f"/usr/bin/{shell}"}
+    environment.pop("XDG_DATA_HOME", None)
+    for arguments in (["--install-completion", shell], ["--install-completion"]):
+        done = subprocess.run(
+            [*PROGRAM, *arguments], env=environment, capture_output=True, text=True, check=True
+        )
+        [written] = [path for path in tmp_path.rglob("*") if path.is_file()]
+        assert str(written) in done.stdout
+        assert f"_URINGMIG_COMPLETE={shell}_complete" in written.read_text()
+        written.unlink()
+
+
+def test_completion_for_a_shell_that_has_none_is_refused() -> None:
+    done = uringmig("--show-completion", "csh")
+    assert done.code == 2
+    assert "name one of bash, fish, zsh" in done.err
 
 
 def test_defaults_shown_are_those_of_the_options() -> None:
@@ -410,5 +416,6 @@ def test_defaults_shown_are_those_of_the_options() -> None:
         check=True,
     )
     for name in ("channels", "depth", "engine", "direct"):
-        [line] = [line for line in done.stdout.splitlines() if f"--{name} " in line]
-        assert f"[default: {getattr(WriteOptions(), name)}]" in line
+        # Of an option with a long list of choices the words begin on the next line.
+        words = done.stdout.partition(f"--{name} ")[2].partition("  --")[0]
+        assert f"[default: {getattr(WriteOptions(), name)}]" in words

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import Self
 
 from uringmig.archive.directory import Archive
 from uringmig.batch.job import Job, JobFile
@@ -23,11 +23,8 @@ from uringmig.batch.metrics import MetricsFile
 from uringmig.batch.report import write_report
 from uringmig.batch.runner import Run
 from uringmig.batch.state import JobState, RunView, Summary
-from uringmig.errors import UringmigError, explained
+from uringmig.errors import BUG_EXIT_CODE, UringmigError, explained
 from uringmig.signals import SIGNAL_EXIT_CODE, Interrupted, deferred
-
-#: EX_SOFTWARE of sysexits.h.
-BUG_EXIT_CODE: Final = 70
 
 
 class Account:

@@ -1,4 +1,4 @@
-"""The Typer app `uringmig`, and where its errors and signals end: as exit codes, here only.
+"""The command line `uringmig`, and where its errors and signals end: as exit codes, here only.
 
     0 done, 1 done with warnings, 2 usage, 3 the bytes are wrong, 4 the peer failed, 5 storage,
     6 this host cannot, 70 a bug of ours, 128+N on a signal
@@ -11,59 +11,57 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Annotated, Final, NoReturn
+from typing import Final, NoReturn
 
-import typer
+import click
 
 from uringmig import stdio
-from uringmig.batch.account import BUG_EXIT_CODE
-from uringmig.cli.archive import app as archive_app
-from uringmig.cli.bench import bench
-from uringmig.cli.inspect import inspect
-from uringmig.cli.load import load
+from uringmig.cli import completion
+from uringmig.cli.command import LazyGroup
 from uringmig.cli.output import Output
-from uringmig.cli.save import save
 from uringmig.cli.session import Session
-from uringmig.cli.verify import verify
-from uringmig.cli.version import version_lines
-from uringmig.errors import UringmigError, explained
+from uringmig.errors import BUG_EXIT_CODE, UringmigError, explained
 from uringmig.signals import SIGNAL_EXIT_CODE, Interrupted, Signals
 
 #: Also under ``python -m uringmig``: the name that usage lines and shell completion go by.
 PROGRAM: Final = "uringmig"
 
-app: Final = typer.Typer(
-    name=PROGRAM,
-    help="Put a virtual machine's memory on disk at the speed of the disk, in a file stock QEMU "
-    "loads.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-)
-for _command in (save, load, inspect, verify, bench):
-    app.command()(_command)
-app.add_typer(archive_app)
 
-
-def _show_version(context: typer.Context, wanted: bool) -> None:
+def _show_version(context: click.Context, _: click.Parameter, wanted: bool) -> None:
     """Answer ``--version`` and leave."""
     if wanted:
+        from uringmig.cli.version import version_lines
+
         context.ensure_object(Session).output.lines(version_lines())
-        raise typer.Exit
+        context.exit()
 
 
-@app.callback()
-def _options(
-    version: Annotated[
-        bool,
-        typer.Option(
-            "--version",
-            callback=_show_version,
+app: Final = LazyGroup(
+    PROGRAM,
+    help="Put a virtual machine's memory on disk at the speed of the disk, in a file stock QEMU "
+    "loads.",
+    context_settings={"show_default": True, "max_content_width": 120},
+    params=[
+        click.Option(
+            ["--version"],
+            is_flag=True,
             is_eager=True,
+            expose_value=False,
+            callback=_show_version,
             help="Show versions and the engine that would run here, and exit.",
         ),
-    ] = False,
-) -> None:
-    """Take the options that stand before a command; Typer calls this, its help is the app's."""
+        *completion.options(PROGRAM),
+    ],
+    # Loading all of them takes half a second, and one is wanted.
+    places={
+        "save": "uringmig.cli.save:save",
+        "load": "uringmig.cli.load:load",
+        "inspect": "uringmig.cli.inspect:inspect",
+        "verify": "uringmig.cli.verify:verify",
+        "bench": "uringmig.cli.bench:bench",
+        "archive": "uringmig.cli.archive:app",
+    },
+)
 
 
 def main() -> NoReturn:

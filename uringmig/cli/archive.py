@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-import typer
+from uringmig.cli.command import LazyGroup
+from uringmig.cli.output import Output
 
-from uringmig.cli.archive_list import list_entries
-from uringmig.cli.archive_prune import prune
-from uringmig.cli.archive_reindex import reindex
-from uringmig.cli.archive_restore import restore
-from uringmig.cli.archive_run import run
-from uringmig.cli.archive_show import show
-from uringmig.cli.archive_verify import verify
+if TYPE_CHECKING:
+    from uringmig.archive.directory import Archive
 
-app: Final = typer.Typer(
-    name="archive",
+_HERE: Final = "uringmig.cli.archive"
+
+app: Final = LazyGroup(
+    "archive",
     help="Keep many images in one directory: fill it, list, check, restore and prune them.",
-    no_args_is_help=True,
+    places={
+        "list": f"{_HERE}_list:list_entries",
+        "run": f"{_HERE}_run:run",
+        "show": f"{_HERE}_show:show",
+        "verify": f"{_HERE}_verify:verify",
+        "restore": f"{_HERE}_restore:restore",
+        "prune": f"{_HERE}_prune:prune",
+        "reindex": f"{_HERE}_reindex:reindex",
+    },
 )
-app.command(name="list")(list_entries)
-for _command in (run, show, verify, restore, prune, reindex):
-    app.command()(_command)
+
+
+def tell_state(output: Output, archive: Archive) -> None:
+    """Say what is wrong with an archive, and why its catalogue is not used."""
+    if archive.catalogue_note:
+        output.note(archive.catalogue_note)
+    output.warn_all(archive.notes)

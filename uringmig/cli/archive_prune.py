@@ -2,48 +2,54 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
 
-import typer
+import click
 
 from uringmig.archive.directory import Archive
 from uringmig.archive.pruning import PruneReport
 from uringmig.archive.pruning import prune as prune_archive
 from uringmig.cli import parameters
-from uringmig.cli.archive_list import table_lines, tell_state
-from uringmig.cli.session import session_of
+from uringmig.cli.archive import tell_state
+from uringmig.cli.command import command
+from uringmig.cli.session import Session
+from uringmig.cli.table import table_lines
 from uringmig.units import format_size
 
 
+def _keep(what: str, text: str) -> click.Option:
+    """How many are kept by one rule."""
+    return click.Option([f"--keep-{what}"], type=int, default=0, metavar="N", help=text)
+
+
+@command(
+    parameters.archive_folder(),
+    _keep("last", "Keep the N newest of each VM."),
+    _keep("daily", "The newest of each of N days (UTC)."),
+    _keep("weekly", "The newest of each of N weeks."),
+    _keep("monthly", "The newest of each of N months."),
+    click.Option(
+        ["--forget"], multiple=True, metavar="NAME", help="Drop this damaged or missing entry."
+    ),
+    parameters.only_vm(),
+    click.Option(
+        ["--delete"], is_flag=True, help="Really remove; otherwise it is only said what would."
+    ),
+)
 def prune(
-    context: typer.Context,
-    archive: parameters.ArchiveFolder,
-    keep_last: Annotated[
-        int, typer.Option("--keep-last", metavar="N", help="Keep the N newest of each VM.")
-    ] = 0,
-    keep_daily: Annotated[
-        int, typer.Option("--keep-daily", metavar="N", help="The newest of each of N days (UTC).")
-    ] = 0,
-    keep_weekly: Annotated[
-        int, typer.Option("--keep-weekly", metavar="N", help="The newest of each of N weeks.")
-    ] = 0,
-    keep_monthly: Annotated[
-        int, typer.Option("--keep-monthly", metavar="N", help="The newest of each of N months.")
-    ] = 0,
-    forget: Annotated[
-        list[str] | None,
-        typer.Option("--forget", metavar="NAME", help="Drop this damaged or missing entry."),
-    ] = None,
-    vm: parameters.OnlyVm = None,
-    delete: Annotated[
-        bool, typer.Option("--delete", help="Really remove; otherwise it is only said what would.")
-    ] = False,
-    json: parameters.Json = False,
-    quiet: parameters.Quiet = False,
-    verbose: parameters.Verbose = False,
-) -> None:
+    session: Session,
+    *,
+    archive: Path,
+    keep_last: int,
+    keep_daily: int,
+    keep_weekly: int,
+    keep_monthly: int,
+    forget: tuple[str, ...],
+    vm: str | None,
+    delete: bool,
+) -> int:
     """Remove entries that no rule keeps, never the only good one of a VM; dry without --delete."""
-    output = session_of(context, json=json, quiet=quiet, verbose=verbose).output
+    output = session.output
     with Archive.open(archive, write=delete) as opened:
         report = prune_archive(
             opened,
@@ -52,7 +58,7 @@ def prune(
             keep_weekly=keep_weekly,
             keep_monthly=keep_monthly,
             vm=vm,
-            forget=forget or (),
+            forget=forget,
             delete=delete,
         )
         tell_state(output, opened)
@@ -60,7 +66,7 @@ def prune(
         if decision.keep and decision.entry.trouble:
             output.warn(f"{decision.entry.name}: {decision.entry.trouble}")
     output.result("archive prune", report, _lines(report))
-    raise typer.Exit(output.exit_code)
+    return output.exit_code
 
 
 def _lines(report: PruneReport) -> list[str]:

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import typer
+from pathlib import Path
 
 from uringmig.archive.directory import reindex as reindex_archive
 from uringmig.cli import parameters
-from uringmig.cli.session import session_of
+from uringmig.cli.command import command
+from uringmig.cli.session import Session
 
 
-def reindex(
-    context: typer.Context,
-    archive: parameters.ArchiveFolder,
-    json: parameters.Json = False,
-    quiet: parameters.Quiet = False,
-    verbose: parameters.Verbose = False,
-) -> None:
+@command(parameters.archive_folder())
+def reindex(session: Session, *, archive: Path) -> int:
     """Make an archive's catalogue anew from its manifests; the old one may be damaged."""
-    output = session_of(context, json=json, quiet=quiet, verbose=verbose).output
+    output = session.output
     report = reindex_archive(archive)
     for problem in report.problems:
         output.warn(problem)
@@ -28,4 +24,4 @@ def reindex(
     if report.set_aside:
         lines.append(f"the old catalogue could not be used, it is now {report.set_aside}")
     output.result("archive reindex", report, lines)
-    raise typer.Exit(output.exit_code)
+    return output.exit_code

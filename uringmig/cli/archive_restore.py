@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-import typer
+import click
 
 from uringmig.archive.directory import Archive
 from uringmig.archive.restoring import RestoreResult, restore_file, restore_into
 from uringmig.cli import parameters
-from uringmig.cli.archive_list import tell_state
-from uringmig.cli.session import Session, session_of
+from uringmig.cli.archive import tell_state
+from uringmig.cli.command import command
+from uringmig.cli.session import Session
 from uringmig.errors import StateError, naming
 from uringmig.options import ReadOptions, WriteOptions
 from uringmig.qemu.monitor import Monitor
@@ -20,37 +21,31 @@ from uringmig.qemu.streamload import StreamLoad
 from uringmig.units import format_size
 
 
+@command(
+    parameters.archive_folder(),
+    parameters.entry_name(),
+    parameters.out_file(required=False),
+    parameters.qmp_socket(required=False),
+    click.Option(
+        ["--as", "output_format"], type=click.Choice(["hot", "plain"]), default="hot",
+        help="A mapped-ram image, or a plain stream that any QEMU loads.",
+    ),
+    parameters.then_after_load(),
+    *parameters.transfer(),
+)  # fmt: skip
 @parameters.takes_options(ReadOptions)
 def restore(
-    context: typer.Context,
-    archive: parameters.ArchiveFolder,
-    name: parameters.EntryName,
-    out: Annotated[Path | None, parameters.OutFile] = None,
-    qmp: Annotated[
-        Path | None,
-        typer.Option(
-            "--qmp",
-            metavar="SOCKET",
-            help="QMP socket of a QEMU that waits (-incoming defer).",
-            show_default=False,
-        ),
-    ] = None,
-    output_format: Annotated[
-        Literal["hot", "plain"],
-        typer.Option("--as", help="A mapped-ram image, or a plain stream that any QEMU loads."),
-    ] = "hot",
-    then: Annotated[
-        Literal["cont", "leave"],
-        typer.Option("--then", help="Afterwards let the guest run, or leave it as QEMU has it."),
-    ] = "leave",
+    session: Session,
     *,
+    archive: Path,
+    name: str,
+    out: Path | None,
+    qmp: Path | None,
+    output_format: Literal["hot", "plain"],
+    then: str,
     options: ReadOptions,
-    json: parameters.Json = False,
-    quiet: parameters.Quiet = False,
-    verbose: parameters.Verbose = False,
-) -> None:
+) -> int:
     """Restore an entry to a file or a waiting QEMU, compared with its manifest on the way."""
-    session = session_of(context, json=json, quiet=quiet, verbose=verbose)
     if (out is None) == (qmp is None):
         raise StateError("say where to: a file, or --qmp with the socket of a waiting QEMU")
     with Archive.open(archive, write=False) as opened, naming(opened.find(name).image):
@@ -71,7 +66,7 @@ def restore(
     for note in done.notes:
         session.output.note(note)
     session.output.result("archive restore", done, _lines(name, done))
-    raise typer.Exit(session.output.exit_code)
+    return session.output.exit_code
 
 
 def _into(

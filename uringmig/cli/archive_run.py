@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Final
 
-import typer
+import click
 
 from uringmig.batch.account import Account
 from uringmig.batch.job import JobFile, parse_jobs
@@ -22,15 +22,16 @@ from uringmig.batch.runner import Run
 from uringmig.batch.state import Summary, Watcher
 from uringmig.batch.tuning import tune
 from uringmig.cli import parameters
-from uringmig.cli.archive_list import table_lines
 from uringmig.cli.batchview import Lines, LiveTable, ServiceStatus
+from uringmig.cli.command import command
 from uringmig.cli.jobfile import read_job_text
 from uringmig.cli.output import Output
 from uringmig.cli.profile import file_of_profiles
-from uringmig.cli.session import Session, session_of
+from uringmig.cli.session import Session
+from uringmig.cli.table import table_lines
 from uringmig.errors import FormatError, StateError, StorageError
 from uringmig.signals import Interrupted, deferred
-from uringmig.units import format_duration, format_size, parse_duration
+from uringmig.units import format_duration, format_size
 
 #: One to read ahead and one to wait for a slow peer, even on a host with one core.
 _WORKERS_LEAST: Final = 2
@@ -57,64 +58,57 @@ class _Options:
     profile_file: Path | None
 
 
+@command(
+    click.Argument(["jobs"], type=parameters.PATH, help="The job file (TOML)."),
+    click.Option(["--dry-run"], is_flag=True, help="Show what would be done and whether it fits."),
+    click.Option(
+        ["--scheduler"], metavar="tcp://HOST:PORT", show_default="this host",
+        help="Have the workers of this dask scheduler do it; each job's host is a resource.",
+    ),
+    click.Option(
+        ["--workers"], type=click.IntRange(1, 256), show_default="one for each core",
+        help="Worker processes.",
+    ),
+    click.Option(
+        ["--resume-within"], type=parameters.seconds, default=_RESUME_WITHIN, metavar="DURATION",
+        help="Go on with an interrupted run that is not older than this; 0 begins anew.",
+    ),
+    parameters.metrics_file(),
+    click.Option(
+        ["--report"], type=parameters.PATH, metavar="DIR",
+        help="Write a Markdown and a JSON report here.",
+    ),
+    *parameters.profile(),
+)  # fmt: skip
 def run(
-    context: typer.Context,
-    jobs: Annotated[Path, typer.Argument(help="The job file (TOML).", show_default=False)],
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be done and whether it fits.")
-    ] = False,
-    scheduler: Annotated[
-        str | None,
-        typer.Option(
-            "--scheduler",
-            metavar="tcp://HOST:PORT",
-            help="Have the workers of this dask scheduler do it; each job's host is a resource.",
-            show_default="this host",
-        ),
-    ] = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            "--workers", min=1, max=256, help="Worker processes.", show_default="one for each core"
-        ),
-    ] = None,
-    resume_within: Annotated[
-        float,
-        typer.Option(
-            "--resume-within",
-            parser=parameters.seconds,
-            metavar="DURATION",
-            help="Go on with an interrupted run that is not older than this; 0 begins anew.",
-            show_default=_RESUME_WITHIN,
-        ),
-    ] = parse_duration(_RESUME_WITHIN),
-    metrics_file: parameters.MetricsFile = None,
-    report: Annotated[
-        Path | None,
-        typer.Option("--report", metavar="DIR", help="Write a Markdown and a JSON report here."),
-    ] = None,
-    profile: parameters.Profile = False,
-    profile_file: parameters.ProfileFile = None,
-    json: parameters.Json = False,
-    quiet: parameters.Quiet = False,
-    verbose: parameters.Verbose = False,
-) -> None:
+    session: Session,
+    *,
+    jobs: Path,
+    dry_run: bool,
+    scheduler: str | None,
+    workers: int | None,
+    resume_within: float,
+    metrics_file: Path | None,
+    report: Path | None,
+    profile: bool,
+    profile_file: Path | None,
+) -> int:
     """Archive everything a job file names; what an interrupted run has done is not done again."""
-    session = session_of(context, json=json, quiet=quiet, verbose=verbose)
     output = session.output
     options = _Options(scheduler, workers, resume_within, profile, profile_file)
     if dry_run:
         with _opened(session, jobs, options, None) as (ledger, pool):
-            _show_plan(session, ledger, Run(ledger, pool, stop=lambda: session.signals.number))
+            run = Run(ledger, pool, stop=lambda: session.signals.number)
+            return _show_plan(session, ledger, run)
     path = str(jobs.absolute())
     with Account(path, metrics=metrics_file, report=report, warn=output.warn) as account:
         with _opened(session, jobs, options, account) as (ledger, pool):
             summary = _run(session, ledger, pool, account)
         account.ended(summary, exit_code=max(summary.exit_code, output.exit_code))
-    _show(output, summary, verbose=verbose)
+    _show(output, summary)
     if summary.stopped_by is not None:
         raise Interrupted(summary.stopped_by)
-    raise typer.Exit(max(summary.exit_code, output.exit_code))
+    return max(summary.exit_code, output.exit_code)
 
 
 @contextmanager
@@ -218,7 +212,7 @@ def _pool(scheduler: str | None, workers: int | None) -> Pool:
     return ClusterPool(scheduler)
 
 
-def _show_plan(session: Session, ledger: Ledger, run: Run) -> None:
+def _show_plan(session: Session, ledger: Ledger, run: Run) -> int:
     """Print the plan; refuse it if it cannot fit.
 
     Raises:
@@ -245,7 +239,7 @@ def _show_plan(session: Session, ledger: Ledger, run: Run) -> None:
     shown = PlanShown(job_file=ledger.job_file.path, plan=plan, fits=True)
     exit_code = max(output.exit_code, *(row.exit_code for row in plan.rows))
     output.result("archive run", shown, _plan_lines(plan), exit_code=exit_code)
-    raise typer.Exit(exit_code)
+    return exit_code
 
 
 def _plan_lines(plan: Plan) -> list[str]:
@@ -268,12 +262,12 @@ def _plan_lines(plan: Plan) -> list[str]:
     ]
 
 
-def _show(output: Output, summary: Summary, *, verbose: bool) -> None:
+def _show(output: Output, summary: Summary) -> None:
     """The summary, as an event or as lines."""
     for note in summary.notes:
         output.note(note)
     output.event("summary", describe_run(summary))
-    output.text(_summary_lines(summary, verbose=verbose))
+    output.text(_summary_lines(summary, verbose=output.verbose))
 
 
 def _summary_lines(summary: Summary, *, verbose: bool) -> list[str]:

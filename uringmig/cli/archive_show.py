@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import typer
+from pathlib import Path
 
 from uringmig.archive.damagenotes import Damage
 from uringmig.archive.directory import Archive
 from uringmig.archive.entry import Entry
 from uringmig.cli import parameters
-from uringmig.cli.archive_list import table_lines, tell_state
-from uringmig.cli.session import session_of
+from uringmig.cli.archive import tell_state
+from uringmig.cli.command import command
+from uringmig.cli.session import Session
+from uringmig.cli.table import table_lines
 from uringmig.units import format_size
 
 
@@ -23,23 +24,20 @@ class EntryShown:
     damage: tuple[Damage, ...]
 
 
-def show(
-    context: typer.Context,
-    archive: parameters.ArchiveFolder,
-    name: parameters.EntryName,
-    json: parameters.Json = False,
-    quiet: parameters.Quiet = False,
-    verbose: parameters.Verbose = False,
-) -> None:
+@command(
+    parameters.archive_folder(),
+    parameters.entry_name(),
+)
+def show(session: Session, *, archive: Path, name: str) -> int:
     """Show all that is known of one entry of an archive."""
-    output = session_of(context, json=json, quiet=quiet, verbose=verbose).output
+    output = session.output
     with Archive.open(archive, write=False) as opened:
         entry = opened.find(name)
         damage = opened.damage(name)
         tell_state(output, opened)
     shown = EntryShown(entry=entry, damage=tuple(damage))
     output.result("archive show", shown, _lines(shown))
-    raise typer.Exit(output.exit_code)
+    return output.exit_code
 
 
 def _lines(shown: EntryShown) -> list[str]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
 
-import typer
+import click
 
 from uringmig.archive.checking import ArchiveCheck, EntryCheck, verify_archive
 from uringmig.archive.directory import Archive
 from uringmig.cli import parameters
-from uringmig.cli.archive_list import tell_state
-from uringmig.cli.session import session_of
+from uringmig.cli.archive import tell_state
+from uringmig.cli.command import command
+from uringmig.cli.session import Session
 from uringmig.errors import MismatchError
 from uringmig.options import ReadOptions
 from uringmig.units import format_size
@@ -22,49 +23,38 @@ def _share(text: str | float) -> float:
     try:
         return float(words.removesuffix("%")) / (100 if words.endswith("%") else 1)
     except ValueError:
-        raise typer.BadParameter(f"not a share: {text!r} (write for example 10%)") from None
+        raise click.BadParameter(f"not a share: {text!r} (write for example 10%)") from None
 
 
+@command(
+    parameters.archive_folder(),
+    click.Argument(["names"], nargs=-1, metavar="[NAME]...", help="Entries; none is all."),
+    click.Option(
+        ["--share"], type=_share, metavar="SHARE", show_default="all",
+        help="Only so much of each entry, as 10%, from where the last run stopped.",
+    ),
+    click.Option(
+        ["--time", "seconds"], type=parameters.seconds, metavar="TIME", show_default="no limit",
+        help="Stop after this long, as 10m, and go on there the next time.",
+    ),
+    *parameters.transfer(),
+)  # fmt: skip
 @parameters.takes_options(ReadOptions)
 def verify(
-    context: typer.Context,
-    archive: parameters.ArchiveFolder,
-    names: Annotated[
-        list[str] | None, typer.Argument(metavar="[NAME]...", help="Entries; none is all.")
-    ] = None,
-    share: Annotated[
-        float | None,
-        typer.Option(
-            "--share",
-            parser=_share,
-            metavar="SHARE",
-            help="Only so much of each entry, as 10%, from where the last run stopped.",
-            show_default="all",
-        ),
-    ] = None,
-    seconds: Annotated[
-        float | None,
-        typer.Option(
-            "--time",
-            parser=parameters.seconds,
-            metavar="TIME",
-            help="Stop after this long, as 10m, and go on there the next time.",
-            show_default="no limit",
-        ),
-    ] = None,
+    session: Session,
     *,
+    archive: Path,
+    names: tuple[str, ...],
+    share: float | None,
+    seconds: float | None,
     options: ReadOptions,
-    json: parameters.Json = False,
-    quiet: parameters.Quiet = False,
-    verbose: parameters.Verbose = False,
-) -> None:
+) -> int:
     """Compare the entries of an archive with their manifests, chunk by chunk."""
-    session = session_of(context, json=json, quiet=quiet, verbose=verbose)
     output = session.output
     with Archive.open(archive, write=False) as opened:
         report = verify_archive(
             opened,
-            names=names or (),
+            names=names,
             share=share,
             seconds=seconds,
             options=options,
@@ -77,8 +67,9 @@ def verify(
         output.warn(note)
     wrong = report.damaged or report.known_damaged
     exit_code = MismatchError.exit_code if wrong else output.exit_code
-    output.result("archive verify", report, _lines(report, verbose=verbose), exit_code=exit_code)
-    raise typer.Exit(exit_code)
+    lines = _lines(report, verbose=output.verbose)
+    output.result("archive verify", report, lines, exit_code=exit_code)
+    return exit_code
 
 
 def _lines(report: ArchiveCheck, *, verbose: bool) -> list[str]:

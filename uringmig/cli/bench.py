@@ -4,56 +4,55 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Final
 
-import typer
+import click
 
 from uringmig.bench.directory import BenchReport, Setting, bench_directory
 from uringmig.bench.race import Rate
 from uringmig.cli import parameters
+from uringmig.cli.command import command
 from uringmig.cli.output import Output
-from uringmig.cli.session import session_of
+from uringmig.cli.session import Session
 from uringmig.errors import StateError, StorageError, UringmigError
-from uringmig.options import PAGE_SIZE
+from uringmig.options import PAGE_SIZE, DirectMode, EngineName
 from uringmig.profile import Entry, Measured, check_writable, default_file, store_entry
 from uringmig.units import MiB, format_size
 
 _NOT_KEPT: Final = "the profile is not kept"
 
 
+@command(
+    click.Argument(
+        ["folder"], type=parameters.PATH, metavar="DIR", help="The directory to measure."
+    ),
+    click.Option(
+        ["--size"], type=parameters.size, default=512 * MiB, metavar="SIZE",
+        show_default=format_size(512 * MiB),
+        help="Largest file written; it has no name and is gone at once.",
+    ),
+    click.Option(["--seconds"], type=float, default=25.0, help="About how long it may take."),
+    click.Option(
+        ["--out"], type=parameters.new_file, metavar="FILE",
+        show_default="uringmig/profiles.json in $XDG_CONFIG_HOME or ~/.config",
+        help="The profile file, to which this place is added.",
+    ),
+    parameters.engine(),
+    parameters.direct(),
+    verbose=False,
+)  # fmt: skip
 def bench(
-    context: typer.Context,
-    folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="The directory to measure.", show_default=False)
-    ],
-    size: Annotated[
-        int,
-        typer.Option(
-            "--size",
-            parser=parameters.size,
-            metavar="SIZE",
-            help="Largest file written; it has no name and is gone at once.",
-            show_default=format_size(512 * MiB),
-        ),
-    ] = 512 * MiB,
-    seconds: Annotated[float, typer.Option("--seconds", help="About how long it may take.")] = 25.0,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out",
-            parser=parameters.new_file,
-            metavar="FILE",
-            help="The profile file, to which this place is added.",
-            show_default="uringmig/profiles.json in $XDG_CONFIG_HOME or ~/.config",
-        ),
-    ] = None,
-    engine: parameters.Engine = parameters.WRITE.engine,
-    direct: parameters.Direct = parameters.WRITE.direct,
-    json: parameters.Json = False,
-    quiet: parameters.Quiet = False,
-) -> None:
+    session: Session,
+    *,
+    folder: Path,
+    size: int,
+    seconds: float,
+    out: Path | None,
+    engine: EngineName,
+    direct: DirectMode,
+) -> int:
     """Measure a directory: ceiling, best channels x depth x block size, direct or not."""
-    output = session_of(context, json=json, quiet=quiet, verbose=False).output
+    output = session.output
     file = _profile_file(output, out)
     with output.waiting(f"measuring {folder} for {seconds:.0f} s"):
         report = bench_directory(folder, size=size, seconds=seconds, engine=engine, direct=direct)
@@ -67,7 +66,7 @@ def bench(
         except UringmigError as error:
             output.warn(f"{_NOT_KEPT}: {error}")
     output.result("bench", report, lines)
-    raise typer.Exit(output.exit_code)
+    return output.exit_code
 
 
 def _profile_file(output: Output, out: Path | None) -> Path | None:

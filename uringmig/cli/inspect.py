@@ -6,12 +6,12 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import typer
-
 from uringmig.cli import parameters
+from uringmig.cli.command import command
 from uringmig.cli.output import Output
 from uringmig.cli.runlengths import RunLengths, run_lengths
-from uringmig.cli.session import session_of
+from uringmig.cli.session import Session
+from uringmig.cli.table import table_lines
 from uringmig.errors import naming
 from uringmig.format.constants import MAPPED_RAM_FILE_OFFSET_ALIGNMENT
 from uringmig.image import manifest
@@ -62,15 +62,10 @@ class ImageSummary:
     sections: tuple[SectionSummary, ...]
 
 
-def inspect(
-    context: typer.Context,
-    file: parameters.ImageFile,
-    offset: parameters.Offset = 0,
-    json: parameters.Json = False,
-    quiet: parameters.Quiet = False,
-) -> None:
+@command(parameters.image_file(), parameters.offset(), verbose=False)
+def inspect(session: Session, *, file: Path, offset: int) -> int:
     """Show what an image holds: machine, blocks, pages, device sections, and what is unusual."""
-    output = session_of(context, json=json, quiet=quiet, verbose=False).output
+    output = session.output
     # No page is read, so which engine could do it does not matter.
     with (
         naming(file),
@@ -79,7 +74,7 @@ def inspect(
         summary = _summarise(reader, file)
         _judge(output, reader)
     output.result("inspect", summary, _lines(summary))
-    raise typer.Exit(output.exit_code)
+    return output.exit_code
 
 
 def _summarise(reader: MappedRamReader, file: Path) -> ImageSummary:
@@ -151,56 +146,43 @@ def _lines(summary: ImageSummary) -> list[str]:
         f"ram section {summary.section_id}",
         f"manifest {summary.manifest_path or 'none'}",
         "",
-        *_table(
-            ["ramblock", "size", "set", "zero", "runs", "median", "longest", "bitmap", "pages"],
+        *table_lines(
             [
-                [
-                    block.idstr,
-                    format_size(block.used_length),
-                    str(block.pages_set),
-                    str(block.pages_zero),
-                    str(block.runs.runs),
-                    format_size(block.runs.median_pages * PAGE_SIZE),
-                    format_size(block.runs.longest_pages * PAGE_SIZE),
-                    f"{block.bitmap_offset:#x}",
-                    f"{block.pages_offset:#x}",
-                ]
-                for block in summary.blocks
+                ["ramblock", "size", "set", "zero", "runs", "median", "longest", "bitmap", "pages"],
+                *map(_block_row, summary.blocks),
             ],
+            numbers=True,
         ),
         "",
     ]
     sections = summary.sections
     total = sum(section.size_bytes for section in sections)
     lines.append(f"{len(sections)} device sections, {format_size(total)}")
-    lines += _table(
-        ["section", "instance", "version", "bytes", "at"],
-        [
-            [
-                section.idstr,
-                str(section.instance_id),
-                str(section.version_id),
-                str(section.size_bytes),
-                f"{section.offset:#x}",
-            ]
-            for section in sections
-        ],
-    )
+    if sections:
+        heading = ["section", "instance", "version", "bytes", "at"]
+        lines += table_lines([heading, *map(_section_row, sections)], numbers=True)
     return lines
 
 
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
-    """Columns: the first to the left, the others to the right."""
-    everything = [head, *rows]
-    widths = [max(len(row[column]) for row in everything) for column in range(len(head))]
-    return (
-        [
-            "  ".join(
-                [row[0].ljust(widths[0])]
-                + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-            )
-            for row in everything
-        ]
-        if rows
-        else []
-    )
+def _block_row(block: BlockSummary) -> list[str]:
+    return [
+        block.idstr,
+        format_size(block.used_length),
+        str(block.pages_set),
+        str(block.pages_zero),
+        str(block.runs.runs),
+        format_size(block.runs.median_pages * PAGE_SIZE),
+        format_size(block.runs.longest_pages * PAGE_SIZE),
+        f"{block.bitmap_offset:#x}",
+        f"{block.pages_offset:#x}",
+    ]
+
+
+def _section_row(section: SectionSummary) -> list[str]:
+    return [
+        section.idstr,
+        str(section.instance_id),
+        str(section.version_id),
+        str(section.size_bytes),
+        f"{section.offset:#x}",
+    ]

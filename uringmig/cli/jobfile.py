@@ -39,17 +39,14 @@ def _open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
-def archive_of(path: str | Path) -> Path:
-    """The archive itself, or the one that a job file fills.
+def archive_of(path: Path) -> Path:
+    """The archive that a job file fills.
 
     Raises:
-        StateError: it is a file and no job file, or one that fills several archives.
+        StateError: it is no job file, or one that fills several archives.
     """
-    place = Path(path)
-    if not place.is_file():
-        return place
-    job_file = parse_jobs(read_job_text(place), path=str(place.absolute()))
+    job_file = parse_jobs(read_job_text(path), path=str(path.absolute()))
     archives = sorted({job.archive for job in job_file.jobs})
     if len(archives) > 1:
-        raise StateError(f"{place}: fills several archives, name one: {', '.join(archives)}")
+        raise StateError(f"{path}: fills several archives, name one: {', '.join(archives)}")
     return Path(archives[0])

@@ -3,37 +3,43 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, Literal
+from pathlib import Path
 
-import typer
+import click
 
 from uringmig.cli import parameters
-from uringmig.cli.session import session_of
+from uringmig.cli.command import command
+from uringmig.cli.session import Session
 from uringmig.errors import naming
+from uringmig.options import DirectMode
 from uringmig.qemu.monitor import Monitor
 from uringmig.qemu.restore import LoadResult, load_into
 from uringmig.units import format_size
 
 
+@command(
+    parameters.image_file(),
+    parameters.qmp_socket(),
+    parameters.offset(),
+    click.Option(
+        ["--channels"], type=int, default=parameters.READ.channels,
+        help="Multifd channels of QEMU; 0 loads without multifd.",
+    ),
+    parameters.direct(),
+    parameters.then_after_load(),
+)  # fmt: skip
 def load(
-    context: typer.Context,
-    file: parameters.ImageFile,
-    qmp: parameters.QmpSocket,
-    offset: parameters.Offset = 0,
-    channels: Annotated[
-        int, typer.Option("--channels", help="Multifd channels of QEMU; 0 loads without multifd.")
-    ] = parameters.READ.channels,
-    direct: parameters.Direct = parameters.READ.direct,
-    then: Annotated[
-        Literal["cont", "leave"],
-        typer.Option("--then", help="Afterwards let the guest run, or leave it as QEMU has it."),
-    ] = "leave",
-    json: parameters.Json = False,
-    quiet: parameters.Quiet = False,
-    verbose: parameters.Verbose = False,
-) -> None:
+    session: Session,
+    *,
+    file: Path,
+    qmp: Path,
+    offset: int,
+    channels: int,
+    direct: DirectMode,
+    then: str,
+) -> int:
     """Restore an image into a QEMU that waits (-incoming defer)."""
-    output = session_of(context, json=json, quiet=quiet, verbose=verbose).output
+    output = session.output
     # Only its check of the number is wanted: QEMU does the reading.
     replace(parameters.READ, channels=channels or parameters.READ.channels)
     with Monitor(qmp) as monitor:
@@ -47,7 +53,7 @@ def load(
     for note in done.notes:
         (output.warn if len(done.notes) > fell_back else output.note)(note)
     output.result("load", done, _lines(done))
-    raise typer.Exit(output.exit_code)
+    return output.exit_code
 
 
 def _lines(done: LoadResult) -> list[str]:

@@ -15,17 +15,17 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, Final, TextIO
-
-import msgspec
-from rich.console import Console, RenderableType
-from rich.live import Live
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from typing import TYPE_CHECKING, Any, Final, TextIO
 
 from uringmig import stdio
 from uringmig.errors import BytesError, StorageError, UringmigError
 from uringmig.progress import Phase, Snapshot
-from uringmig.units import format_size
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.live import Live
+
+    from uringmig.cli.terminal import Bar
 
 #: At most so often a JSON progress event is written; a new phase is told at once.
 _EVENT_SECONDS: Final = 0.5
@@ -38,11 +38,14 @@ class Output:
     """Where one run of the command line writes to, and how.
 
     The process' standard streams are those of `uringmig.stdio`: writing to them never fails.
+
+    Attributes:
+        verbose: whether more is wanted of what was measured.
     """
 
     def __init__(self) -> None:
-        self._json = self._quiet = self._verbose = False
-        self._bar: _Bar | None = None
+        self._json = self._quiet = self.verbose = False
+        self._bar: Bar | None = None
         self._live: Live | None = None
         self._told_at: float | None = None
         self._told_phase: Phase | None = None
@@ -57,7 +60,7 @@ class Output:
 
     def set_up(self, *, json: bool, quiet: bool, verbose: bool) -> None:
         """Take a command's options."""
-        self._json, self._quiet, self._verbose = json, quiet, verbose
+        self._json, self._quiet, self.verbose = json, quiet, verbose
 
     def progress(self, snapshot: Snapshot) -> None:
         """Show how far it is: a bar on a terminal, events with ``--json``, else nothing."""
@@ -67,7 +70,9 @@ class Output:
             self._tell(snapshot)
         elif sys.stderr.isatty():
             if self._bar is None:
-                self._bar = _Bar(per_channel=self._verbose)
+                from uringmig.cli.terminal import Bar
+
+                self._bar = Bar(per_channel=self.verbose)
             self._bar.update(snapshot)
 
     @contextmanager
@@ -76,7 +81,9 @@ class Output:
         if self._quiet or self._json or not sys.stderr.isatty():
             yield
             return
-        with _console().status(_clean(text), spinner="line"):
+        from uringmig.cli.terminal import console
+
+        with console().status(_clean(text), spinner="line"):
             yield
 
     @contextmanager
@@ -85,7 +92,11 @@ class Output:
         if self._quiet or self._json or not sys.stderr.isatty():
             yield None
             return
-        with Live(console=_console(), transient=True, auto_refresh=False) as live:
+        from rich.live import Live
+
+        from uringmig.cli.terminal import console
+
+        with Live(console=console(), transient=True, auto_refresh=False) as live:
             self._live = live
             try:
                 yield lambda what: live.update(what, refresh=True)
@@ -219,49 +230,6 @@ class Output:
         print(line, file=stream, flush=True)
 
 
-class _Bar:
-    """A progress bar on the terminal of standard error."""
-
-    def __init__(self, *, per_channel: bool) -> None:
-        self._per_channel = per_channel
-        self._progress = Progress(
-            TextColumn("{task.description:8}", markup=False),
-            BarColumn(bar_width=None),
-            TextColumn("{task.percentage:>3.0f}%", markup=False),
-            TextColumn("{task.fields[text]}", markup=False),
-            console=_console(),
-            transient=True,
-            expand=True,
-        )
-        self._task: TaskID = self._progress.add_task("", text="")
-        self._progress.start()
-
-    def update(self, snapshot: Snapshot) -> None:
-        """Show a snapshot."""
-        text = f"{format_size(snapshot.finished_bytes)}  {snapshot.rate / 1e6:.0f} MB/s"
-        left = snapshot.seconds_left
-        if left is not None:
-            text += f"  {left:.0f} s left"
-        if self._per_channel:
-            text += "  [" + ", ".join(format_size(channel) for channel in snapshot.channels) + "]"
-        self._progress.update(
-            self._task,
-            description=snapshot.phase,
-            total=snapshot.total_bytes,
-            completed=snapshot.finished_bytes,
-            text=text,
-        )
-
-    def stop(self) -> None:
-        """Take it off the screen."""
-        self._progress.stop()
-
-
-def _console() -> Console:
-    """A console on standard error as it is now."""
-    return Console(stderr=True)
-
-
 def _clean(text: str) -> str:
     """One line that cannot steer a terminal, whatever a file or a peer put into it."""
     return "".join(
@@ -296,6 +264,6 @@ def _plain(value: object) -> object:
         return {"error": str(value), "kind": type(value).__name__, **_fields_of(value)}
     if dataclasses.is_dataclass(value):
         return _plain_fields(value)
-    if isinstance(value, msgspec.Struct):
-        return msgspec.structs.asdict(value)
+    if hasattr(value, "__struct_fields__"):  # msgspec's, which need not be loaded for all others
+        return {name: getattr(value, name) for name in value.__struct_fields__}
     return str(value)

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Any, Final, get_args
 
-import typer
+import click
 
-from uringmig.cli.jobfile import archive_of
-from uringmig.cli.session import session_of
+from uringmig.cli.command import Work
+from uringmig.cli.session import Session
 from uringmig.errors import StateError
 from uringmig.options import DirectMode, EngineName, Kind, ReadOptions, WriteOptions
 from uringmig.units import format_size, parse_duration, parse_size
 
 WRITE: Final = WriteOptions()
 READ: Final = ReadOptions()
+#: A path as it was typed.
+PATH: Final = click.Path(path_type=Path)
 
 
 def size(text: str | int) -> int:
@@ -25,7 +26,7 @@ def size(text: str | int) -> int:
     try:
         return parse_size(str(text))
     except StateError as error:
-        raise typer.BadParameter(str(error)) from None
+        raise click.BadParameter(str(error)) from None
 
 
 def _offset(text: str | int) -> int:
@@ -33,7 +34,7 @@ def _offset(text: str | int) -> int:
     try:
         return int(text, 16) if isinstance(text, str) and text.startswith("0x") else size(text)
     except ValueError:
-        raise typer.BadParameter(f"not an offset: {text!r}") from None
+        raise click.BadParameter(f"not an offset: {text!r}") from None
 
 
 def seconds(text: str | float) -> float:
@@ -41,7 +42,7 @@ def seconds(text: str | float) -> float:
     try:
         return text if isinstance(text, float) else parse_duration(text)
     except StateError as error:
-        raise typer.BadParameter(str(error)) from None
+        raise click.BadParameter(str(error)) from None
 
 
 def new_file(text: str | Path) -> Path:
@@ -50,144 +51,156 @@ def new_file(text: str | Path) -> Path:
     A slash at its end, which `Path` would drop, says that a folder is meant.
     """
     if str(text).endswith("/"):
-        raise typer.BadParameter(f"{text} is the name of a folder; name a file")
+        raise click.BadParameter(f"{text} is the name of a folder; name a file")
     return Path(text)
 
 
-ImageFile = Annotated[Path, typer.Argument(help="The image.", show_default=False)]
-QmpSocket = Annotated[
-    Path,
-    typer.Option("--qmp", metavar="SOCKET", help="QEMU's QMP unix socket.", show_default=False),
-]
-Offset = Annotated[
-    int,
-    typer.Option(
-        "--offset", parser=_offset, metavar="BYTES", help="Where the image begins in the file."
-    ),
-]
-Channels = Annotated[
-    int, typer.Option("--channels", help="Multifd channels: threads, each with its own engine.")
-]
-Depth = Annotated[int, typer.Option("--depth", help="Requests each channel keeps in flight.")]
-BlockSize = Annotated[
-    int,
-    typer.Option(
-        "--block-size",
-        parser=size,
-        metavar="SIZE",
-        help="Largest request.",
-        show_default=format_size(WRITE.block_size),
-    ),
-]
-Engine = Annotated[
-    EngineName, typer.Option("--engine", help="How requests reach the kernel; auto takes io_uring.")
-]
-Direct = Annotated[DirectMode, typer.Option("--direct", help="O_DIRECT for the pages.")]
-Rate = Annotated[
-    int,
-    typer.Option(
-        "--rate",
-        parser=size,
-        metavar="SIZE",
-        help="Limit in bytes per second over all channels.",
-        show_default="none",
-    ),
-]
-Profile = Annotated[
-    bool,
-    typer.Option(
-        "--profile",
-        help="Use what `bench` found out about the place; options given here go before it.",
-    ),
-]
-ProfileFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--profile-file",
-        metavar="FILE",
-        help="As --profile, from this file.",
-        show_default="where bench writes",
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="JSON lines on standard output.")]
-Quiet = Annotated[
-    bool, typer.Option("--quiet", "-q", help="No progress and no result; notes and errors remain.")
-]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="More of what was measured.")]
-ArchiveFolder = Annotated[
-    Path,
-    typer.Argument(
-        parser=archive_of,
-        metavar="ARCHIVE",
+def _archive(text: str | Path) -> Path:
+    """An archive's directory, or the one that a job file fills."""
+    path = Path(text)
+    if not path.is_file():
+        return path
+    from uringmig.cli.jobfile import archive_of
+
+    return archive_of(path)
+
+
+def image_file() -> click.Argument:
+    """The image that is read."""
+    return click.Argument(["file"], type=PATH, help="The image.")
+
+
+def qmp_socket(*, required: bool = True) -> click.Option:
+    """Where QEMU is spoken to."""
+    of = (
+        "QEMU's QMP unix socket."
+        if required
+        else "QMP socket of a QEMU that waits (-incoming defer)."
+    )
+    return click.Option(["--qmp"], type=PATH, metavar="SOCKET", required=required, help=of)
+
+
+def offset() -> click.Option:
+    """Where an image is in its file."""
+    return click.Option(
+        ["--offset"], type=_offset, default=0, metavar="BYTES",
+        help="Where the image begins in the file.",
+    )  # fmt: skip
+
+
+def then_after_load() -> click.Option:
+    """What becomes of a guest that was loaded."""
+    return click.Option(
+        ["--then"], type=click.Choice(["cont", "leave"]), default="leave",
+        help="Afterwards let the guest run, or leave it as QEMU has it.",
+    )  # fmt: skip
+
+
+def out_file(*, required: bool = True) -> click.Argument:
+    """The file that is made; a symbolic link is followed."""
+    return click.Argument(
+        ["out"], type=new_file, metavar="OUT", required=required,
+        help="The file's final name; a symbolic link is followed.",
+    )  # fmt: skip
+
+
+def metrics_file() -> click.Option:
+    """Where Prometheus reads."""
+    return click.Option(
+        ["--metrics-file"], type=new_file, metavar="FILE", help="Keep Prometheus metrics here."
+    )
+
+
+def archive_folder() -> click.Argument:
+    """The archive."""
+    return click.Argument(
+        ["archive"], type=_archive, metavar="ARCHIVE",
         help="The archive's directory, or a job file that fills it.",
-        show_default=False,
-    ),
-]
-EntryName = Annotated[str, typer.Argument(help="The entry's name.", show_default=False)]
-OnlyVm = Annotated[
-    str | None,
-    typer.Option("--vm", metavar="VM", help="Only entries of this VM.", show_default="all"),
-]
-#: Use as ``Annotated[Path, OutFile]``, or with a None.
-OutFile: Final = typer.Argument(
-    parser=new_file,
-    metavar="OUT",
-    help="The file's final name; a symbolic link is followed.",
-    show_default=False,
-)
-MetricsFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--metrics-file", parser=new_file, metavar="FILE", help="Keep Prometheus metrics here."
-    ),
-]
+    )  # fmt: skip
+
+
+def entry_name() -> click.Argument:
+    """One entry of the archive."""
+    return click.Argument(["name"], help="The entry's name.")
+
+
+def only_vm() -> click.Option:
+    """Which entries."""
+    return click.Option(["--vm"], metavar="VM", show_default="all", help="Only entries of this VM.")
+
+
+def profile() -> tuple[click.Option, click.Option]:
+    """What `bench` found out."""
+    return (
+        click.Option(
+            ["--profile"], is_flag=True,
+            help="Use what `bench` found out about the place; options given here go before it.",
+        ),
+        click.Option(
+            ["--profile-file"], type=PATH, metavar="FILE", show_default="where bench writes",
+            help="As --profile, from this file.",
+        ),
+    )  # fmt: skip
+
+
+def engine() -> click.Option:
+    """How requests reach the kernel."""
+    return click.Option(
+        ["--engine"], type=click.Choice(get_args(EngineName)), default=READ.engine,
+        help="How requests reach the kernel; auto takes io_uring.",
+    )  # fmt: skip
+
+
+def direct() -> click.Option:
+    """Past the page cache or not."""
+    return click.Option(
+        ["--direct"], type=click.Choice(get_args(DirectMode)), default=READ.direct,
+        help="O_DIRECT for the pages.",
+    )  # fmt: skip
+
 
 #: Every option of a transfer: declared here, and made into options by `takes_options`, only.
-_TRANSFER: Final[dict[str, Any]] = {
-    "channels": Channels,
-    "depth": Depth,
-    "block_size": BlockSize,
-    "engine": Engine,
-    "direct": Direct,
-    "rate": Rate,
-}
-#: What every such command has besides.
-_OUTPUT: Final = ("json", "quiet", "verbose")
+_TRANSFER: Final = ("channels", "depth", "block_size", "engine", "direct", "rate")
 
 
-def takes_options(kind: type[Kind]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command every option of a transfer; it gets them as one parameter, ``options``.
+def transfer() -> tuple[click.Option, ...]:
+    """Every option of a transfer, for a command whose work `takes_options`."""
+    return (
+        click.Option(
+            ["--channels"], type=int, default=READ.channels,
+            help="Multifd channels: threads, each with its own engine.",
+        ),
+        click.Option(
+            ["--depth"], type=int, default=READ.depth, help="Requests each channel keeps in flight."
+        ),
+        click.Option(
+            ["--block-size"], type=size, metavar="SIZE", default=READ.block_size,
+            show_default=format_size(READ.block_size), help="Largest request.",
+        ),
+        engine(),
+        direct(),
+        click.Option(
+            ["--rate"], type=size, metavar="SIZE", default=READ.rate, show_default="none",
+            help="Limit in bytes per second over all channels.",
+        ),
+    )  # fmt: skip
 
-    Output is set up before they are made, so that a refusal is told as the command was asked to.
+
+def takes_options(kind: type[Kind]) -> Callable[[Work], Work]:
+    """Have a command's work get the options of a transfer as one parameter, ``options``.
+
+    They are made when the output is set up, so that a refusal is told as the command was asked to.
 
     Args:
         kind: what ``options`` is.
     """
 
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(command)
-        def wrapper(**named: Any) -> None:
+    def decorate(work: Work) -> Work:
+        @functools.wraps(work)
+        def with_options(session: Session, **named: Any) -> int:
             given = {name: named.pop(name) for name in _TRANSFER}
-            session_of(named["context"], **{name: named[name] for name in _OUTPUT})
-            command(options=kind(**given), **named)
+            return work(session, options=kind(**given), **named)
 
-        signature = inspect.signature(command, eval_str=True)
-        parameters: list[inspect.Parameter] = []
-        for parameter in signature.parameters.values():
-            if parameter.name != "options":
-                parameters.append(parameter)
-                continue
-            parameters += [
-                inspect.Parameter(
-                    name,
-                    inspect.Parameter.KEYWORD_ONLY,
-                    default=getattr(kind(), name),
-                    annotation=annotation,
-                )
-                for name, annotation in _TRANSFER.items()
-            ]
-        # What Typer looks at.
-        wrapper.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-        return wrapper
+        return with_options
 
     return decorate

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final, TypeVar
 
-import typer
+import click
 
 from uringmig.cli.output import Output
 from uringmig.errors import StorageError
@@ -29,13 +29,12 @@ def file_of_profiles(file: Path | None) -> Path:
     return file or default_file()
 
 
-def tuned(
-    context: typer.Context, output: Output, options: Options, *, where: Path, file: Path | None
-) -> Options:
-    """Apply the profile of the place an image goes to.
+def tuned(output: Output, options: Options, *, where: Path, file: Path | None) -> Options:
+    """Apply the profile of the place an image goes to; used within a command.
+
+    What was asked for goes before it: the command's parameters are called as the options are.
 
     Args:
-        context: of the command, whose parameters are called as the options are.
         output: for a note if there is nothing to apply.
         options: as made of the command line and the defaults.
         where: the image's name.
@@ -46,6 +45,7 @@ def tuned(
         StorageError: it, or the folder, cannot be looked at; or the named file is not there.
     """
     file = file_of_profiles(file)
+    context = click.get_current_context()
     settings = settings_for(where, file)
     if settings is None:
         output.note(

@@ -4,56 +4,65 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
-import typer
+import click
 
 from uringmig.cli import parameters
-from uringmig.cli.profile import tuned
-from uringmig.cli.session import session_of
+from uringmig.cli.command import command
+from uringmig.cli.session import Session
 from uringmig.options import WriteOptions
 from uringmig.qemu.monitor import Monitor
-from uringmig.qemu.sharedram import SharedSave, save_shared
 from uringmig.units import format_size
 
+if TYPE_CHECKING:
+    from uringmig.qemu.sharedram import SharedSave
 
+
+@command(
+    parameters.qmp_socket(),
+    parameters.out_file(),
+    click.Option(
+        ["--then"], type=click.Choice(["cont", "quit", "leave"]), show_default="as it was found",
+        help="Afterwards let the guest run, quit QEMU, or leave the guest stopped.",
+    ),
+    *parameters.transfer(),
+    click.Option(
+        ["--manifest/--no-manifest"], default=parameters.WRITE.manifest,
+        help="Write digests beside the image.",
+    ),
+    *parameters.profile(),
+)  # fmt: skip
 @parameters.takes_options(WriteOptions)
 def save(
-    context: typer.Context,
-    qmp: parameters.QmpSocket,
-    out: Annotated[Path, parameters.OutFile],
-    then: Annotated[
-        Literal["cont", "quit", "leave"] | None,
-        typer.Option(
-            "--then",
-            help="Afterwards let the guest run, quit QEMU, or leave the guest stopped.",
-            show_default="as it was found",
-        ),
-    ] = None,
+    session: Session,
     *,
+    qmp: Path,
+    out: Path,
+    then: Literal["cont", "quit", "leave"] | None,
     options: WriteOptions,
-    manifest: Annotated[
-        bool, typer.Option("--manifest/--no-manifest", help="Write digests beside the image.")
-    ] = parameters.WRITE.manifest,
-    profile: parameters.Profile = False,
-    profile_file: parameters.ProfileFile = None,
-    json: parameters.Json = False,
-    quiet: parameters.Quiet = False,
-    verbose: parameters.Verbose = False,
-) -> None:
+    manifest: bool,
+    profile: bool,
+    profile_file: Path | None,
+) -> int:
     """Save a VM whose RAM is shared memory files (memory-backend-file,share=on)."""
-    session = session_of(context, json=json, quiet=quiet, verbose=verbose)
     output = session.output
     options = replace(options, manifest=manifest)
     if profile or profile_file is not None:
-        options = tuned(context, output, options, where=out, file=profile_file)
+        from uringmig.cli.profile import tuned
+
+        options = tuned(output, options, where=out, file=profile_file)
     with Monitor(qmp) as monitor:
+        # Only now: the writer and numpy take longer to load than a QEMU that is not there, or is
+        # busy, should have us wait.
+        from uringmig.qemu.sharedram import save_shared
+
         done = save_shared(monitor, out, options=options, then=then, progress=session.progress)
     for note in done.notes:
         # A fallback that the options allow is a note; what else went amiss is a warning.
         (output.note if note in done.image.notes else output.warn)(note)
-    output.result("save", done, _lines(done, depth=options.depth, verbose=verbose))
-    raise typer.Exit(output.exit_code)
+    output.result("save", done, _lines(done, depth=options.depth, verbose=output.verbose))
+    return output.exit_code
 
 
 def _lines(done: SharedSave, *, depth: int, verbose: bool) -> list[str]:

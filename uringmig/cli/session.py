@@ -1,10 +1,8 @@
-"""What one run of the command line has: its output and its signals; the context object of Typer."""
+"""What one run of the command line has: its output and its signals; the context object of click."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-
-import typer
 
 from uringmig.cli.output import Output
 from uringmig.progress import Snapshot
@@ -22,10 +20,3 @@ class Session:
         """Stop here if a signal asks for it; else show a snapshot."""
         look()
         self.output.progress(snapshot)
-
-
-def session_of(context: typer.Context, *, json: bool, quiet: bool, verbose: bool) -> Session:
-    """The session of a command, with its output set up as asked."""
-    session = context.ensure_object(Session)
-    session.output.set_up(json=json, quiet=quiet, verbose=verbose)
-    return session

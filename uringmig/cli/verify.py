@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import typer
+from pathlib import Path
 
 from uringmig.cli import parameters
-from uringmig.cli.session import session_of
+from uringmig.cli.command import command
+from uringmig.cli.session import Session
 from uringmig.errors import MismatchError, naming
 from uringmig.options import ReadOptions
 from uringmig.units import format_size
 from uringmig.verify import verify as verify_image
 
 
+@command(parameters.image_file(), parameters.offset(), *parameters.transfer())
 @parameters.takes_options(ReadOptions)
-def verify(
-    context: typer.Context,
-    file: parameters.ImageFile,
-    offset: parameters.Offset = 0,
-    *,
-    options: ReadOptions,
-    json: parameters.Json = False,
-    quiet: parameters.Quiet = False,
-    verbose: parameters.Verbose = False,
-) -> None:
+def verify(session: Session, *, file: Path, offset: int, options: ReadOptions) -> int:
     """Check an image's structure, then its bytes against its manifest if there is one."""
-    session = session_of(context, json=json, quiet=quiet, verbose=verbose)
     output = session.output
     with naming(file):
         report = verify_image(file, offset=offset, options=options, progress=session.progress)
@@ -44,4 +36,4 @@ def verify(
         ],
         exit_code=MismatchError.exit_code if report.mismatches else None,
     )
-    raise typer.Exit(MismatchError.exit_code if report.mismatches else output.exit_code)
+    return MismatchError.exit_code if report.mismatches else output.exit_code

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from importlib import metadata
-
-from uringmig.storage.choice import choose_engine, describe_liburing
+from uringmig.storage.choice import describe_auto, describe_liburing
+from uringmig.version import VERSION
 
 
 def version_lines() -> list[str]:
-    """Describe uringmig, liburing and the engine ``auto`` chooses; a fallback with its reason."""
-    engine = choose_engine("auto")
+    """Describe uringmig, liburing and the engine ``auto`` takes; a fallback with its reason."""
     return [
-        f"uringmig {metadata.version('uringmig')}",
+        f"uringmig {VERSION}",
         f"liburing {describe_liburing()}",
-        f"engine {engine.name if engine.note is None else engine.note}",
+        f"engine {describe_auto()}",
     ]

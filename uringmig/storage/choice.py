@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from uringmig.errors import HostError
 from uringmig.options import EngineName
 from uringmig.storage import liburing
-from uringmig.storage.engine import EngineFactory
-from uringmig.storage.pwrite import PwriteEngine
-from uringmig.storage.ring import RingEngine
+
+if TYPE_CHECKING:
+    from uringmig.storage.engine import EngineFactory
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,9 @@ def choose_engine(name: EngineName) -> EngineChoice:
     Raises:
         HostError: ``io_uring`` was asked for and cannot be had; with the cause and the cure.
     """
+    # Engines are numpy's, which whoever only asks which one would run need not wait for.
+    from uringmig.storage.pwrite import PwriteEngine
+
     if name == "pwrite":
         return EngineChoice("pwrite", PwriteEngine)
     try:
@@ -40,8 +44,19 @@ def choose_engine(name: EngineName) -> EngineChoice:
     except HostError as error:
         if name == "io_uring":
             raise
-        return EngineChoice("pwrite", PwriteEngine, f"using pwrite: {error}")
+        return EngineChoice("pwrite", PwriteEngine, _fallback(error))
+    from uringmig.storage.ring import RingEngine
+
     return EngineChoice("io_uring", RingEngine)
+
+
+def describe_auto() -> str:
+    """Name the engine ``auto`` takes here, with the reason if it has to fall back; one line."""
+    try:
+        liburing.load()
+    except HostError as error:
+        return _fallback(error)
+    return "io_uring"
 
 
 def describe_liburing() -> str:
@@ -51,3 +66,7 @@ def describe_liburing() -> str:
     except HostError as error:
         return f"none: {error}"
     return f"{library.version[0]}.{library.version[1]} ({library.path})"
+
+
+def _fallback(error: HostError) -> str:
+    return f"using pwrite: {error}"

@@ -22,9 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-import numpy as np
-from numpy.typing import NDArray
-
 from uringmig.errors import HostError
 
 #: io_uring_setup(2): set up the ring for one submitting task, and run completion work only when
@@ -42,15 +39,25 @@ VERSION_LEAST: Final = (2, 4)
 #: The layout below is the public ABI of all 2.x; a new major version has to be looked at first.
 VERSION_MAJOR: Final = 2
 
-SQE_DTYPE: Final = np.dtype(
-    [
-        ("opcode", "u1"), ("flags", "u1"), ("ioprio", "u2"), ("fd", "i4"),
-        ("off", "u8"), ("addr", "u8"), ("len", "u4"), ("rw_flags", "u4"), ("user_data", "u8"),
-        ("buf_index", "u2"), ("personality", "u2"), ("file_index", "i4"),
-        ("addr3", "u8"), ("pad", "u8"),
-    ]
-)  # fmt: skip
-CQE_DTYPE: Final = np.dtype([("user_data", "u8"), ("res", "i4"), ("flags", "u4")])
+
+class SubmissionEntry(ctypes.Structure):
+    """``struct io_uring_sqe`` of linux/io_uring.h, as reads and writes use it."""
+
+    _fields_ = [
+        ("opcode", ctypes.c_uint8), ("flags", ctypes.c_uint8), ("ioprio", ctypes.c_uint16),
+        ("fd", ctypes.c_int32), ("off", ctypes.c_uint64), ("addr", ctypes.c_uint64),
+        ("len", ctypes.c_uint32), ("rw_flags", ctypes.c_uint32), ("user_data", ctypes.c_uint64),
+        ("buf_index", ctypes.c_uint16), ("personality", ctypes.c_uint16),
+        ("file_index", ctypes.c_int32), ("addr3", ctypes.c_uint64), ("pad", ctypes.c_uint64),
+    ]  # fmt: skip
+
+
+class CompletionEntry(ctypes.Structure):
+    """``struct io_uring_cqe`` of linux/io_uring.h."""
+
+    _fields_ = [
+        ("user_data", ctypes.c_uint64), ("res", ctypes.c_int32), ("flags", ctypes.c_uint32),
+    ]  # fmt: skip
 
 
 class SubmissionQueue(ctypes.Structure):
@@ -243,12 +250,6 @@ def check_abi(library: Library) -> None:
     handle.io_uring_queue_exit(reference)
 
 
-def view(address: int, count: int, dtype: np.dtype[np.void]) -> NDArray[np.void]:
-    """Look at ``count`` structures at ``address``, in memory somebody else owns."""
-    memory = (ctypes.c_char * (count * dtype.itemsize)).from_address(address)
-    return np.frombuffer(memoryview(memory), dtype)
-
-
 def _compare(handle: ctypes.CDLL, ring: IoUring, entries: int) -> str | None:
     """Return the first difference found, cheapest and safest checks first."""
     try:
@@ -264,13 +265,13 @@ def _compare(handle: ctypes.CDLL, ring: IoUring, entries: int) -> str | None:
     if handle.io_uring_sq_space_left(reference) != entries:
         return "io_uring_sq_space_left differs"
     first, second = (handle.io_uring_get_sqe(reference) for _ in range(2))
-    if first != ring.sq.sqes or second - first != SQE_DTYPE.itemsize:
+    if first != ring.sq.sqes or second - first != ctypes.sizeof(SubmissionEntry):
         return "the submission entries are not where expected"
     if ring.sq.sqe_tail != 2:
         return f"sqe_tail reads as {ring.sq.sqe_tail} after two entries"
     handle.io_uring_prep_write(first, 7, 0x1122334455, 4096, 0x66778899AA)
-    sqe = view(first, 1, SQE_DTYPE)[0]
-    fields = tuple(int(sqe[name]) for name in ("opcode", "fd", "addr", "len", "off"))
+    sqe = SubmissionEntry.from_address(first)
+    fields = (sqe.opcode, sqe.fd, sqe.addr, sqe.len, sqe.off)
     if fields != (IORING_OP_WRITE, 7, 0x1122334455, 4096, 0x66778899AA):
         return f"a prepared write reads as {fields}"
     for pointer, data in ((first, 41), (second, 42)):
@@ -281,9 +282,9 @@ def _compare(handle: ctypes.CDLL, ring: IoUring, entries: int) -> str | None:
     )
     if waited < 0 or handle.io_uring_cq_ready(reference) != 2:
         return f"two no-ops did not complete ({waited})"
-    done = view(ring.cq.cqes, 2, CQE_DTYPE)
-    if sorted(int(item) for item in done["user_data"]) != [41, 42] or (done["res"] != 0).any():
-        return f"the completions read as {done.tolist()}"
+    done = [(one.user_data, one.res) for one in (CompletionEntry * 2).from_address(ring.cq.cqes)]
+    if sorted(done) != [(41, 0), (42, 0)]:
+        return f"the completions read as {done}"
     handle.io_uring_cq_advance(reference, 2)
     return None
 

@@ -10,15 +10,18 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-from typing import Final
+from typing import Final, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from uringmig.errors import HostError, StorageError
 from uringmig.iobatch import Completions, IoBatch
 from uringmig.storage import liburing
 from uringmig.storage.engine import Operation
 
+SQE_DTYPE: Final = cast("np.dtype[np.void]", np.dtype(liburing.SubmissionEntry))
+CQE_DTYPE: Final = cast("np.dtype[np.void]", np.dtype(liburing.CompletionEntry))
 #: Tried in this order; a kernel that does not know a flag says EINVAL (io_uring_setup(2)).
 SETUP_FLAGS: Final = (
     liburing.IORING_SETUP_SINGLE_ISSUER | liburing.IORING_SETUP_DEFER_TASKRUN,
@@ -53,8 +56,8 @@ class RingEngine:
         self._reference = ctypes.byref(self._ring)
         self.setup_flags = self._set_up(library, entries=1 << (depth - 1).bit_length())
         sq, cq = self._ring.sq, self._ring.cq
-        self._sqes = liburing.view(sq.sqes, sq.ring_entries, liburing.SQE_DTYPE)
-        self._cqes = liburing.view(cq.cqes, cq.ring_entries, liburing.CQE_DTYPE)
+        self._sqes = _view(sq.sqes, sq.ring_entries, SQE_DTYPE)
+        self._cqes = _view(cq.cqes, cq.ring_entries, CQE_DTYPE)
         self._cq_head = ctypes.c_uint.from_address(cq.khead)
         self._count = np.arange(cq.ring_entries, dtype=np.int64)
         self._in_flight = 0
@@ -63,7 +66,7 @@ class RingEngine:
         """Fill entries for ``batch`` and give them to the kernel."""
         self._in_flight += len(batch)
         assert self._in_flight <= self.depth, "more requests in flight than the depth"
-        entries = np.zeros(len(batch), liburing.SQE_DTYPE)
+        entries = np.zeros(len(batch), SQE_DTYPE)
         entries["opcode"] = self._opcode
         entries["fd"] = self._fd
         entries["addr"] = batch.address
@@ -124,3 +127,9 @@ class RingEngine:
         """Raise for what io_uring_enter(2) gives only when the ring itself is unusable."""
         if result < 0 and -result not in _PASSING:
             raise StorageError(f"io_uring_enter failed ({os.strerror(-result)})", errno=-result)
+
+
+def _view(address: int, count: int, dtype: np.dtype[np.void]) -> NDArray[np.void]:
+    """Look at ``count`` structures at ``address``, in memory somebody else owns."""
+    memory = (ctypes.c_char * (count * dtype.itemsize)).from_address(address)
+    return np.frombuffer(memoryview(memory), dtype)
