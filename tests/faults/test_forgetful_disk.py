@@ -30,6 +30,7 @@ from uringmig.contents.opening import open_contents
 from uringmig.image.parse import parse_image, read_bitmap
 from uringmig.options import PAGE_SIZE
 from uringmig.storage.mainfile import open_for_reading
+from uringmig.storage.publication import FORMER, PARTIAL
 from uringmig.units import MiB
 
 #: Three windows and a bit: room for checkpoints in between.
@@ -219,7 +220,7 @@ def test_known_damage(folder: Path) -> None:
                 assert archive.damage("known")
                 if told:
                     assert archive.damage("found")
-        assert {path.suffix for path in root.iterdir()}.isdisjoint({".partial", ".former"})
+        assert {path.suffix for path in root.iterdir()}.isdisjoint({PARTIAL, FORMER})
 
     run.cut_by(0.1, check)
 
