@@ -2,7 +2,7 @@
 
 Run as a script in place of ``uringmig``; its workers are of the same kind. Some commands are added
 that do by the library what no command does for so little: ``save-guest PATH NUMBER WITH-MANIFEST``,
-``store-profile FILE``, ``remove-entry ARCHIVE NAME``.
+``store-profile FILE``, ``remove-entry ARCHIVE NAME``, ``heal ARCHIVE``.
 """
 
 from __future__ import annotations
@@ -91,5 +91,7 @@ if __name__ == "__main__":
         case ["remove-entry", path, name]:
             remove_entry(Path(path), name)
             print("removed", flush=True)
+        case ["heal", path]:
+            Archive.open(path, write=True).close()
         case _:
             main()

@@ -264,3 +264,15 @@ def test_known_damage_is_durable(archived: ArchiveRun, tmp_path: Path) -> None:
     assert any(name.startswith(f"{image.name}.") for name in names_given(calls))
     assert unsafe_names(calls) == []
     assert unsettled(calls, at=last_word(calls)) == []
+
+
+def test_healing_ends_a_publication_durably(archived: ArchiveRun, tmp_path: Path) -> None:
+    """A manifest that healing gives its name has it for good before anything is told of it."""
+    root = make_root(tmp_path)
+    copy_archive(archived, root)
+    manifest = root / "archive" / f"{archived.image('hot').name}.manifest.json"
+    manifest.rename(f"{manifest}.partial")
+    calls = without_catalogue(run("heal", root / "archive", root=root).calls)
+    assert manifest.exists()
+    step = next(at for at, call in enumerate(calls) if call.target == str(manifest))
+    assert (calls[step + 1].kind, calls[step + 1].path) == ("sync", str(root / "archive"))
