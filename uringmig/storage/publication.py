@@ -6,13 +6,14 @@ undone until the last:
 
     1. NAME.json.partial is written and made durable        (NAME is the former file)
     2. NAME gets a second name, NAME.former~                (where there are no links: only that)
-    3. NAME.json -> NAME.json.former~, folder synced
+    3. NAME.json -> NAME.json.former~, folder synced        (so the name of step 1 stays, too)
     4. NAME.partial -> NAME, folder synced                  (NAME is the new file)
     5. NAME.json.partial -> NAME.json, folder synced        (success is said after this)
     6. NAME.json.former~ and NAME.former~ are removed
 
 So no power cut, whatever of the steps since the last sync it forgets, leaves a new file beside an
-old sidecar or the reverse: between 3 and 5 there is none, and a file without one is still whole. A
+old sidecar or the reverse: between 3 and 5 there is none, and a file without one is still whole;
+nor a file that was to have a sidecar without anything from which healing could give it one. A
 step that fails puts the former file and its sidecar back. What a killed writer leaves tells how far
 it came (NAME and NAME.former~ are one file until 4), and `settle`, which the next writer of the
 name and the archive's healing call, undoes it before 4 and finishes it after.
@@ -146,7 +147,8 @@ class Publication:
         if beside is not None and sidecar is not None:
             _write_durable(beside + PARTIAL, sidecar, self._mode)
         replaced = _set_aside(self.path)
-        if beside is not None and _move(beside, beside + FORMER):
+        moved = beside is not None and _move(beside, beside + FORMER)
+        if moved or sidecar is not None:
             self._sync()
         os.rename(self.partial_path, self.path)
         if beside is not None and sidecar is not None:
