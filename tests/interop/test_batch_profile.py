@@ -41,6 +41,7 @@ def test_given_before_profile_before_default(tmp_path: Path) -> None:
         job("plain", source),
         job("own", source, channels=1, block_size="64K"),
         job("cold", source, tier="cold"),
+        head='[devices."."]\ndepth = 256\n',  # more than any of them asks for
     )
     ended = run_jobs(path, "--profile-file", profiles)
     assert ended.code == 0, ended
