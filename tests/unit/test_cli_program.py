@@ -16,10 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from archiveentries import add_entry
 from commandline import PROGRAM, Ended, finish, start, uringmig
 from imagewriter import Block, build_image
 
 from uringmig import MappedRamWriter, RamBlock
+from uringmig.archive.directory import Archive
 from uringmig.options import WriteOptions
 
 MIB = 1 << 20
@@ -299,11 +301,11 @@ def test_quiet_says_nothing_but_errors(image: Path, tmp_path: Path) -> None:
     assert uringmig("verify", tmp_path / "none", "-q").err.count("\n") == 1
 
 
-def test_a_bar_on_a_terminal_and_only_there(image: Path) -> None:
+def on_terminal(*arguments: object) -> tuple[str, str]:
+    """What a run that succeeds shows on a terminal, and what it writes to standard output."""
     outer, inner = pty.openpty()
-    command = [*PROGRAM, "verify", str(image), "--rate", "16M", "--depth", "1", "-v"]
     with subprocess.Popen(
-        command,
+        [*PROGRAM, *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=inner,
         text=True,
@@ -317,15 +319,29 @@ def test_a_bar_on_a_terminal_and_only_there(image: Path) -> None:
         assert process.stdout is not None
         out = process.stdout.read()
     os.close(outer)
-    text = shown.decode()
     assert process.returncode == 0
+    return shown.decode(), out
+
+
+def test_a_bar_on_a_terminal_and_only_there(image: Path) -> None:
+    text, out = on_terminal("verify", image, "--rate", "16M", "--depth", "1", "-v")
     assert "verify" in text
     assert re.search(r"\d+%", text)
     assert re.search(r"\d+ MB/s", text)
-    assert re.search(r"\[[\d.]+ \w*B, [\d.]+ \w*B\]", text)
     assert text.rstrip().endswith("\x1b[2K") or "\x1b[?25h" in text, "the cursor is hidden"
     assert out.count("\n") == 1
     assert "%" not in uringmig("verify", image).err
+
+
+def test_the_bar_has_every_channel_that_writes_if_asked(tmp_path: Path) -> None:
+    with Archive.open(tmp_path / "a", write=True) as archive:
+        add_entry(archive, "one", ram_bytes=24 * MIB)
+    where = ["archive", "restore", tmp_path / "a", "one"]
+    text, _ = on_terminal(*where, tmp_path / "out", "--rate", "16M", "--depth", "1", "-v")
+    assert re.search(r"\[[\d.]+ \w*B, [\d.]+ \w*B\]", text)
+    text, _ = on_terminal(*where, tmp_path / "again", "--rate", "16M", "--depth", "1")
+    assert "%" in text
+    assert "[0 B" not in text
 
 
 def test_a_reader_that_goes_away_is_no_error(image: Path) -> None:
