@@ -125,7 +125,7 @@ def run(
         say=click.echo,
         settle_s=settle,
     )
-    # Who asks for a part of the contests wants that part.
+    # Whoever asks for some of the contests wants those alone.
     session.run(contests, startup=not (targets or workloads or rivals))
     click.echo(f"results in {out}; now: python -m perf report {out}")
 

@@ -29,14 +29,14 @@ Array = NDArray[np.uint8]
 
 @functools.cache
 def make_windows() -> list[Array]:
-    """Fill a memory; made where it is used, so only then."""
+    """Fill a memory; only in the process that digests it."""
     memory = aligned_buffer(MEMORY_BYTES)
     fill_guest(memory, "dense")
     return [memory[at : at + WINDOW_BYTES] for at in range(0, MEMORY_BYTES, WINDOW_BYTES)]
 
 
 def over(function: Callable[[Array], object], *, cached: bool = False) -> TimeFunction:
-    """Time a function over windows, or over one again and again, which then is in the cache."""
+    """Time a function over all windows, or over one again and again: that one is in the cache."""
 
     def run(loops: int) -> float:
         windows = make_windows()

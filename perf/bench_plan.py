@@ -26,7 +26,7 @@ Bits = NDArray[np.bool_]
 
 @functools.cache
 def windows_of(pattern: PatternName) -> list[Bits]:
-    """The nonzero pages of a guest, span by span; made where they are used, so only then."""
+    """The nonzero pages of a guest, span by span; made only in the process that plans them."""
     return list(nonzero_bits(pattern, page_count=PAGES, seed=1).reshape(-1, SPAN_PAGES))
 
 

@@ -48,7 +48,7 @@ def snapshots(channels: int) -> TimeFunction:
 
 @functools.cache
 def make_block() -> RamBlock:
-    """Fill a guest; made where it is used, so only then."""
+    """Fill a guest; only in the process that saves it."""
     memory = aligned_buffer(MEMORY_BYTES)
     fill_guest(memory, "dense")
     return RamBlock("pc.ram", memory)

@@ -24,7 +24,7 @@ Array = NDArray[np.uint8]
 
 @functools.cache
 def windows_of(pattern: PatternName | None) -> list[Array]:
-    """Fill a memory, with zeros if there is no pattern; made where it is used, so only then."""
+    """Fill a memory, with zeros if there is no pattern; only in the process that looks at it."""
     memory = aligned_buffer(MEMORY_BYTES)
     if pattern is None:
         memory[:] = 0  # else all of it is the one page of zeros that the kernel maps for a read

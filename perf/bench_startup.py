@@ -68,7 +68,7 @@ def _until_first_byte(folder: Path) -> float:
                 connection.recv(1)
                 return _processor_seconds(process.pid)
         finally:
-            # What it wanted to do next is of no interest.
+            # What it would do next is not measured.
             process.kill()
             process.wait()
 

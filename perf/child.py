@@ -121,7 +121,7 @@ def serve(job: Job) -> Answer:
 
 
 def _engine(job: Job, memory_bytes: int, started: float) -> tuple[EngineChoice | None, float]:
-    """The engine of a twin without a disk, and when its time starts: with its memory at hand."""
+    """The engine of a twin, which writes to no disk; its clock starts when its memory is there."""
     if job.engine == "null":
         return EngineChoice("null", NullEngine), started
     if job.engine == "memory":

@@ -1,4 +1,4 @@
-"""What the micro benches share: pyperf's Runner with the setting on record, figures people know.
+"""What the micro benches share: pyperf's Runner, the setting in the results, plain figures.
 
 Run them from the root of the tree, as ``python -m perf.bench_scan`` with pyperf's own options
 (``--fast``, ``-o FILE``, ``--help``); results of two runs are compared by ``python -m pyperf
@@ -49,7 +49,7 @@ class Micro:
             print(f"  = {seconds / operations * 1e6:.3f} us for each {of}")
 
     def _mean(self, name: str, function: TimeFunction) -> float | None:
-        """Seconds of one loop; None in a worker, whose parent does the talking."""
+        """Seconds of one loop; None in a worker process, since its parent prints the result."""
         result: Any = self._runner.bench_time_func(name, function)
         if result is None or self._is_worker:
             return None

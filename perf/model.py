@@ -156,7 +156,7 @@ def predict(constants: Constants, sample: Sample) -> tuple[float, str]:
     scan = constants.map_s * mapped + constants.zero_s * zeros
     work = scan + constants.move_s * moved + constants.request_cpu_s * requests
     terms = {
-        # Neither limit alone: the nearer one comes to the other, the more often the queue runs dry.
+        # Not just the slower of the two: the nearer they are, the more often the queue runs dry.
         "device": math.hypot(moved / constants.device, moved / rate) if moved else 0.0,
         "channels": (
             (scan + constants.request_channel_s * requests) / min(channels, constants.cores)
@@ -246,7 +246,7 @@ def _constants_table(c: Constants) -> list[str]:
 
 
 def _far(c: Constants) -> list[str]:
-    """1 TiB, dense, on faster devices: what each part of us could do, and what is needed."""
+    """1 TiB, dense, on faster devices: how fast each part of a save could be, and must be."""
     channel = 1 / (c.map_s + c.request_channel_s / MiB)
     pinning = 1 / (c.map_s + c.move_s + c.request_cpu_s / MiB)
     small = f"{4 * KiB / c.request_cpu_s / 1e9:.2f} GB/s" if c.request_cpu_s else "any rate"
@@ -316,7 +316,7 @@ def _one_more_request(
 
 
 def _beside_pages(sample: Sample) -> float:
-    """Seconds of a save that no channel was at work."""
+    """Seconds of a save in which no channel was at work."""
     account = sample.account
     busy = sum(account[name] for name in ("scan", "digest", "submit", "wait"))
     return max(0.0, account["elapsed"] - busy / int(sample.settings["channels"]))

@@ -37,7 +37,7 @@ _BUFFERED: Final = Ours(engine="pwrite", channels=1, depth=1, direct="off")
 #: What a request of 4 KiB costs: every other page alone.
 _UNBRIDGED: Final = Ours(channels=1, depth=16, bridge=0)
 _TWINS: Final = (Ours(twin="null"), Ours(twin="memory"), Ours(twin="null", channels=1, depth=16))
-#: As it is delivered, with the manifest; and what is fastest, or was.
+#: The defaults as a user gets them, with the manifest; and the settings that were found fastest.
 _OURS: Final = (Ours(manifest=True), Ours(), Ours(channels=1, depth=16))
 _ROUTE_B: Final = Ours(route="machine", label="route-B", manifest=True)
 _QEMU_DIRECT: Final = tuple(Qemu(channels=count, direct=True) for count in (1, 2, 4, 8))
@@ -63,7 +63,7 @@ _LOADS: Final[tuple[Rival, ...]] = (
 
 
 def _dense(channels: Sequence[int]) -> tuple[Rival, ...]:
-    """All who can meet over a guest without a zero page."""
+    """All rivals that are of interest over a guest without a zero page."""
     more = [Ours(channels=count, depth=max(1, 16 // count)) for count in channels]
     return (
         *_OURS,

@@ -124,7 +124,7 @@ def _summary(results: Results) -> Rows:
 
 
 def _into_qemu(sample: Sample) -> bool:
-    """Our way of loading into a QEMU; the reader's buffer is not what QEMU does."""
+    """Whether a sample is a load into a QEMU: a read into a buffer of ours is not comparable."""
     return sample.rival.startswith("uringmig load")
 
 

@@ -252,7 +252,7 @@ def figures(samples: Sequence[Sample]) -> list[Figures]:
 
 
 def throughput_of(sample: Sample) -> float:
-    """Bytes moved a second, to the end of the sync; of the memory where nothing was moved."""
+    """Bytes moved a second, until durable; where none were, bytes of the guest's memory."""
     return (sample.moved_bytes or sample.memory_bytes) / sample.durable_s
 
 

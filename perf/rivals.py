@@ -388,7 +388,8 @@ class Fio:
         [report] = json.loads(output[output.index("{") :])["jobs"]
         completed_s = report["write"]["runtime"] / 1000
         run_s = report["job_runtime"] / 1000
-        # All it spent is not foreign; what it spent on getting ready is not its figure.
+        # The watch is told all that fio spent, so that none of it counts as others' work. The
+        # figure is only what fio's job spent: getting ready is left out.
         costs = replace(
             watch.stop(cpu=spent),
             cpu_s=(report["usr_cpu"] + report["sys_cpu"]) / 100 * run_s,

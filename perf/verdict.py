@@ -146,7 +146,7 @@ def _ratio(samples: Sequence[Sample], first: Choice, second: Choice) -> float | 
     ratios = []
     for number in sorted({sample.round for sample in samples}):
         here = [sample for sample in samples if sample.round == number]
-        # What counts is the guest's time, so bytes written do not matter: bridged gaps are ours.
+        # Speed over the same guest, by time: gaps that we write through are no merit of ours.
         best = [
             max((s.memory_bytes / s.durable_s for s in here if choice(s)), default=0.0)
             for choice in (first, second)

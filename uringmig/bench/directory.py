@@ -26,7 +26,7 @@ from uringmig.units import KiB, MiB, align_down, format_size
 _CHANNELS: Final = (1, 2, 4)
 _DEPTHS: Final = (4, 8, 16)
 _BLOCK_SIZES: Final = (512 * KiB, MiB, 4 * MiB)
-#: Big blocks, many of them, no digests: as fast as it gets here.
+#: Big blocks, many in flight, no digests: the fastest that can be had here.
 _CEILING: Final = Trial(WriteOptions(channels=2, depth=16, block_size=4 * MiB, manifest=False))
 #: Shares of the time: settings, ways of making the file, cost of a request.
 _SHARES: Final = (0.55, 0.27, 0.13)
@@ -38,8 +38,9 @@ _STRETCH_BYTES: Final = 16 * MiB
 _PATIENCE: Final = 3.0
 #: Differences of less are noise, however calm the disk was.
 _NOISE_MIN: Final = 0.02
-#: Two standard errors of the difference of two medians, by their interquartile ranges: 0.74 of that
-#: is a standard deviation, 1.25 of that over the root of the rounds is a median's error.
+#: Two medians differ by more than noise if they differ by two standard errors. The interquartile
+#: range times 0.74 is a standard deviation. That times 1.25, over the root of the number of rounds,
+#: is a median's standard error. A difference of two has the root of 2 times as much.
 _NOISE_FACTOR: Final = 2 * 2**0.5 * 1.25 * 0.74
 #: What is bridged is written and takes room on the disk: beyond this it is not worth the time.
 _BRIDGE_MAX: Final = 128 * KiB
@@ -74,7 +75,7 @@ class BenchReport:
         ceiling: big blocks, deep queues, no digests.
         best: the fastest setting of a save.
         default: the setting without a profile.
-        chosen: what the profile says: the default if no worse than noise, else the cheapest such.
+        chosen: what the profile will say, see `choose`.
         noise: differences up to this share do not count.
         tried: settings that took part.
         finalists: settings that were left at the end, fastest first.
@@ -340,10 +341,11 @@ def noise_between(first: Rate, second: Rate) -> float:
 def choose(rates: dict[WriteOptions, Rate], default: WriteOptions, *, noise: float) -> WriteOptions:
     """Choose the setting for the profile.
 
-    The default, if it is within noise of the fastest: guests are not all dense, and it is known to
-    serve the others too. Else the cheapest that is: fewest threads, then fewest bytes in flight.
-    Those with fewer channels or a lower depth than the default come last: channels also search for
-    zero pages, and single pages need the depth, which dense memory does not show.
+    The default, if it is as fast as the fastest within noise: it is known to serve guests of other
+    kinds than the dense one measured here. Otherwise the cheapest setting that is as fast: fewest
+    threads, then fewest bytes in flight. Settings with fewer channels or a lower depth than the
+    default are taken last: channels also search for zero pages, and writes of single pages need
+    the depth; dense memory shows neither.
     """
     limit = (1 - noise) * max(rate.median for rate in rates.values())
     good = [one for one, rate in rates.items() if rate.median >= limit]

@@ -14,8 +14,8 @@ from typing import Final, Generic, TypeVar
 
 #: A candidate whose best round stays so far below the leader's median is not measured again.
 _HOPELESS: Final = 0.9
-#: Of those that are left half go after each round, but not these many best: enough to see which
-#: differences are noise.
+#: After each round the slower half is given up, but so many of the best always stay: enough to see
+#: which differences are noise.
 _KEPT: Final = 4
 #: More rounds tell no more than the disk's drift.
 _ROUNDS_MAX: Final = 15
@@ -72,13 +72,13 @@ class Race(Generic[Candidate]):
         kept: Collection[Candidate] = (),
         eliminate: bool = True,
     ) -> dict[Candidate, Rate]:
-        """Measure until ``until`` by the clock; the first round always gets as far as ``kept``.
+        """Measure until ``until`` by the clock; the first one always measures all of ``kept``.
 
         Args:
             candidates: to be measured.
             until: no measurement begins after this time.
             kept: candidates that are never given up.
-            eliminate: whether others are.
+            eliminate: whether the others may be given up.
 
         Returns:
             The rates of those that are left, over the same rounds; a round that time cut short does

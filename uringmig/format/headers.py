@@ -435,5 +435,5 @@ def at_most(what: str, limit: int, found: int, *, at: int, block: str | None = N
 
 
 def _exact(what: str, data: bytes, size: int, *, at: int) -> None:
-    """Refuse a fixed record of another length, before struct does in words of its own."""
+    """Refuse data of another length than the record; what struct says of it names no offset."""
     equal(f"length of {what}", size, len(data), at=at)

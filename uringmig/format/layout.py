@@ -175,7 +175,7 @@ class Area:
 class AreaMap:
     """Which ranges of the file are taken; refuses a second owner.
 
-    QEMU never looks: of two areas that overlap, one is read back as the other's bytes.
+    QEMU does not check this: of two areas that overlap, one is read back with the other's bytes.
     """
 
     def __init__(self) -> None:

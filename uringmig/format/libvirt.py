@@ -1,7 +1,7 @@
 """What libvirt's ``virsh save`` puts in front of QEMU's stream.
 
 libvirt: src/qemu/qemu_saveimage.h, struct _virQEMUSaveHeader. The header is in the byte order of
-the host that saved, with nothing to say which: the version tells, which is small. Then come the
+the host that saved. No field says which; the version, a small number, gives it away. Then come the
 domain's XML and perhaps a cookie, texts that nothing here interprets, padded for later edits; and
 then the stream, up to the end of the file. In the sparse form it is mapped-ram, whose offsets are
 those in the whole file.

@@ -59,11 +59,10 @@ class _State(Enum):
 class MainStreamReader:
     """Reads the main stream of a mapped-ram file, or a plain stream from a file or socket.
 
-    Feed the bytes that start at `offset`, look at `events`, and go on until `finished`. A section
-    of device state can be taken only with the vmdescription at hand, which comes last. Reading a
-    file the reader holds such sections back and finds the vmdescription at the file's end by
-    itself; on a socket the caller asks `find_description` after each feed while
-    `waiting_for_description`.
+    Feed the bytes that start at `offset`, look at `events`, and go on until `finished`. How long a
+    section of device state is, only the vmdescription says, and it comes last. So the reader holds
+    such sections back until it has that. In a file it finds it at the end by itself. On a socket
+    the caller asks `find_description` after each feed, as long as `waiting_for_description`.
     """
 
     def __init__(
@@ -245,7 +244,7 @@ class MainStreamReader:
         self._offset = self._piece_start = target
 
     def _bound_tail(self) -> None:
-        """Bound what a hostile stream can make us, or the caller, hold of its device state."""
+        """Refuse more device state than any guest has: no stream may fill our memory."""
         if self._tail_offset is None:
             return
         held = len(self._buffer)
@@ -310,7 +309,7 @@ class MainStreamReader:
         self._events.append(CommandRead(at, command.command, command.payload))
 
     def _count_item(self, *, at: int) -> None:
-        """Bound how many items a stream can make of a few bytes each."""
+        """Refuse more small items than any guest has: each becomes an event that takes memory."""
         self._item_count += 1
         at_most("PART sections and commands", c.ITEMS_MAX, self._item_count, at=at)
 
@@ -440,7 +439,7 @@ class MainStreamReader:
         self._finish(cursor)
 
     def _refuse_short_file(self, cursor: Cursor, length: int) -> None:
-        """Say that a vmdescription is cut as soon as its length tells, with the length."""
+        """Refuse a vmdescription that goes on past the end of the file, with its length."""
         if self._limit is not None and cursor.offset + length > self._limit:
             raise FormatError(
                 "vmdescription is cut",

@@ -17,7 +17,8 @@ from uringmig.format import constants as c
 from uringmig.format.cursor import BE64
 from uringmig.options import PAGE_SIZE, WINDOW_BYTES
 
-#: A page that no record, or a ZERO record, was the last to name. No page lies at a file's start.
+#: Instead of an offset, for a page without bytes in the stream: no record names it, or the last one
+#: that does is a ZERO record. 0 can stand for that, since no page lies at the start of a stream.
 ABSENT: Final = 0
 _WORD: Final = BE64.size
 _PAGE_RECORD: Final = _WORD + PAGE_SIZE
@@ -37,7 +38,7 @@ _RUN_LEAST: Final = 6
 
 
 class PageIndex:
-    """Where the last state of each page lies in the stream: 8 bytes a page of rows that have any.
+    """Where the last bytes of each page lie in the stream; 8 bytes a page, in rows that have pages.
 
     A row is a window of a block. A row takes its 8 KiB when the first PAGE record of it comes, so
     an index is never larger than two times the stream, whatever the stream claims.

@@ -1,8 +1,8 @@
 """What a plain stream says beside its pages, and the tail a mapped-ram file has in its place.
 
-Rules: everything stays where it stood, byte for byte, but sections of ram that brought pages,
-which are left out or emptied, and commands other than SWITCHOVER_START, which no file should have.
-So what `PlainComposer` made of a mapped-ram file's tail becomes that very tail again.
+Rules: all items keep their order and their bytes, with two exceptions. Sections of ram that brought
+pages are left out or emptied. Commands other than SWITCHOVER_START are left out, since they make
+no sense in a file. So a tail that `PlainComposer` turned into a plain stream comes back unchanged.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from uringmig.format.headers import Command, Configuration, at_most
 
 @dataclass(slots=True)
 class PlainState:
-    """Takes the events of one stream, but those of pages; sizes in bytes, offsets absolute.
+    """Collects the events of one stream, all but those of pages; sizes in bytes, offsets absolute.
 
     Attributes:
         memory_bytes_max: more memory than this is not believed.

@@ -1,9 +1,9 @@
 """A plain migration stream as bytes in order: what every QEMU loads from a file or a descriptor.
 
 QEMU: migration/ram.c, ram_save_iterate(), ram_load_precopy(). Unlike a mapped-ram file a plain
-stream enforces zero pages and lengths of blocks. Its pages stand in one PART section of their own,
-behind the device sections that must come before memory (virtio-mem); the empty PART and END of the
-device state follow it unchanged.
+stream makes the loader clear zero pages and compare the lengths of blocks. Its pages stand in one
+PART section of their own, behind the device sections that must come before memory (virtio-mem);
+the empty PART and END of the device state follow it unchanged.
 """
 
 from __future__ import annotations

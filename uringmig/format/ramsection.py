@@ -1,7 +1,7 @@
 """The ram section: its block list, its records, and what must hold between them.
 
 QEMU: migration/ram.c, ram_save_setup(), ram_load_precopy(), parse_ramblocks(). Rules: every method
-reads one thing from the cursor, whole or not at all; nothing is kept of a thing that starved.
+reads one thing from the cursor, whole or not at all; where bytes are missing it changes nothing.
 """
 
 from __future__ import annotations

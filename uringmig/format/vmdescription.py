@@ -28,7 +28,7 @@ _SEARCH_BYTES: Final = MiB
 
 
 class _Field(msgspec.Struct, gc=False):
-    """One field: its size already holds that of structures in it; arrays may be folded."""
+    """One field. Its size includes structures in it; equal elements of an array are listed once."""
 
     size: _Size
     array_len: _Size = 1

@@ -63,7 +63,7 @@ class BufferMemory:
         return start
 
     def prefault(self, *, start: int, length: int) -> None:
-        """Nothing: what the process holds is mapped already, or costs one fault like any other."""
+        """Do nothing: memory of this process is mapped already, or when it is first read."""
 
     def close(self) -> None:
         """Let go of the buffer; further calls do nothing."""
@@ -77,7 +77,7 @@ def _as_bytes(buffer: object) -> NDArray[np.uint8]:
         if not flat.c_contiguous:
             raise StateError("the memory's buffer is not C-contiguous")
         if "O" in flat.format:
-            # Filling these from a file would make pointers of guest bytes.
+            # An array of Python objects: guest bytes read into it would be taken for pointers.
             raise StateError("the memory's buffer holds Python objects")
         return np.frombuffer(flat, np.uint8)
     except (TypeError, ValueError, BufferError) as error:

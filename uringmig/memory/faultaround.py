@@ -1,4 +1,4 @@
-"""Mapping pages of a file in by one page in sixteen: the kernel's fault-around brings the rest.
+"""Pages of a file mapped into this process, sixteen for each one that is asked for.
 
 A fault on a page that is in the page cache maps its neighbours in as well, within an aligned 64 KiB
 (mm/memory.c, do_fault_around), and only those that are there: a hole is never allocated. To ask for
@@ -50,7 +50,7 @@ class FaultAround:
             self._gave_up = True
 
     def map_in(self, address: int, length: int) -> bool:
-        """Map whole pages in; says whether they are, as far as a look at the last one tells.
+        """Map whole pages in; return whether that worked, judged by the last page alone.
 
         Single pages may be left out, such as one that is locked; reading it maps it in.
         """
@@ -78,7 +78,7 @@ class FaultAround:
         return not self._gave_up
 
     def close(self) -> None:
-        """Close what it holds; afterwards it has given up."""
+        """Close its descriptors; from now on it maps nothing in."""
         self._gave_up = True
         while self._descriptors:
             os.close(self._descriptors.pop())

@@ -126,8 +126,8 @@ class MemorySource(Protocol):
     def prefault(self, *, start: int, length: int) -> None:
         """Map pages in that will be read, all at once: cheaper than a fault for every few.
 
-        Only an offer: without it, or where the kernel does not take it, reading works all the same.
-        Never for a hole, which it would allocate.
+        It only saves time: reading works without it, too. Must not be called for a hole, which it
+        would allocate.
         """
 
     def close(self) -> None:

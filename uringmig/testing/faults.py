@@ -1,8 +1,8 @@
 """Engines that go wrong on purpose, and one that keeps a record; they wrap any engine.
 
 A fault is scripted: one outcome for each request in the order of submission, by hand or drawn from
-a seed. Completions may be held back and come in another order. What no kernel does is not done: no
-completion comes twice, none is lost, and none says more than was asked.
+a seed. Completions may be held back and come in another order. They do nothing that no
+kernel does: no completion comes twice, none is lost, and none says more than was asked.
 """
 
 from __future__ import annotations

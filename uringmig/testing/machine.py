@@ -20,7 +20,7 @@ from uringmig.testing.guestimage import GuestImage
 from uringmig.units import MiB
 
 QEMU: Final = "qemu-system-x86_64"
-#: Booting and filling under TCG on a busy machine takes tens of seconds; this is for hangs.
+#: Booting and filling under TCG on a busy machine takes tens of seconds; this only ends hangs.
 PATIENCE_S: Final = 300.0
 
 
