@@ -17,7 +17,7 @@ from imagereader import read_image
 from realguest import FILL_BYTES, GUEST_BYTES, StartMachine, shared_path
 
 from uringmig.errors import PeerError, StorageError
-from uringmig.qemu import devicestream, sharedram
+from uringmig.qemu import receiving, sharedram
 from uringmig.qemu.monitor import Monitor
 from uringmig.qemu.sharedram import save_shared
 from uringmig.storage.choice import EngineChoice
@@ -94,10 +94,10 @@ def test_qemu_that_falls_silent(
     start_machine: StartMachine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A QEMU that is stopped in its stream; once it may go on, it has its guest back."""
-    monkeypatch.setattr(devicestream, "SILENCE_SECONDS", 0.2)
+    monkeypatch.setattr(receiving, "SILENCE_SECONDS", 0.2)
     monkeypatch.setattr(sharedram, "_ENDING_SECONDS", 0.2)
     machine = start_machine(memory_bytes=64 * MiB, shared=shared_path())
-    original = devicestream.receive
+    original = receiving.receive
 
     def stop_first(*arguments: object, **named: object) -> object:
         os.kill(machine.process.pid, signal.SIGSTOP)

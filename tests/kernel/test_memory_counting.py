@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from uringmig import Configuration
+from uringmig.contents.devicestream import DeviceStream
 from uringmig.contents.memoryfiles import MemoryContents
 from uringmig.memory.array import BufferMemory
 from uringmig.memory.mapping import FileMemory, create_memfd
-from uringmig.qemu.devicestream import DeviceStream
 
 PAGE = 4096
 EXTENTS = 120_000

@@ -13,8 +13,8 @@ from smallguests import MIB, OPTIONS, PAGE, aligned, check_image, left_in
 from uringmig import Configuration, FileMemory
 from uringmig.archive.cold import open_cold, write_cold
 from uringmig.archive.hot import write_hot
+from uringmig.contents.devicestream import DeviceStream, PrivateBlock
 from uringmig.contents.memoryfiles import MemoryContents
-from uringmig.qemu.devicestream import DeviceStream, PrivateBlock
 from uringmig.testing.guests import fill_pages
 
 RAM_BYTES = 64 * MIB

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from uringmig.contents import devicestream
+from uringmig.contents.devicestream import DeviceStream
 from uringmig.errors import FormatError, PeerError
-from uringmig.qemu import devicestream
-from uringmig.qemu.devicestream import DeviceStream, receive
+from uringmig.qemu import receiving
+from uringmig.qemu.receiving import receive
 
 GOLDEN = Path(__file__).parents[1] / "interop" / "golden" / "q35-ignore-shared.stream.xz"
 STREAM = lzma.decompress(GOLDEN.read_bytes())
@@ -72,7 +74,7 @@ def test_the_last_byte_missing() -> None:
 
 
 def test_silence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devicestream, "SILENCE_SECONDS", 0.05)
+    monkeypatch.setattr(receiving, "SILENCE_SECONDS", 0.05)
     ours, theirs = socket.socketpair()
     with ours, theirs:
         theirs.sendall(STREAM[:1000])

@@ -21,8 +21,8 @@ import pytest
 from uringmig import signals
 from uringmig.cli.jobfile import read_job_text
 from uringmig.errors import PeerError
-from uringmig.qemu.devicestream import receive
 from uringmig.qemu.monitor import Monitor
+from uringmig.qemu.receiving import receive
 from uringmig.qemu.streamload import _send_piece
 from uringmig.signals import Interrupted, Signals
 
@@ -216,7 +216,7 @@ def test_a_monitor_answers_after_a_wait_was_interrupted(tmp_path: Path) -> None:
 def test_a_silent_peer_without_signals_is_given_up_in_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("uringmig.qemu.devicestream.SILENCE_SECONDS", 0.3)
+    monkeypatch.setattr("uringmig.qemu.receiving.SILENCE_SECONDS", 0.3)
     began = time.monotonic()
     with pytest.raises(PeerError, match="silent"):
         hang_on_a_silent_stream(Path())

@@ -14,6 +14,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from typing import Self
 
+from uringmig.contents.devicestream import DeviceStream, read_device_state
 from uringmig.contents.source import ContentsBlock, Row, WindowRead, row_of, window_of
 from uringmig.errors import MismatchError, StateError
 from uringmig.format.constants import CAPABILITY_MAPPED_RAM
@@ -22,7 +23,6 @@ from uringmig.format.headers import Configuration
 from uringmig.memory.array import BufferMemory
 from uringmig.memory.mapping import FileMemory
 from uringmig.memory.source import Extents, MemorySource
-from uringmig.qemu.devicestream import DeviceStream, read_device_state
 from uringmig.storage.mainfile import open_for_reading
 
 

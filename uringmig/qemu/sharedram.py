@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from uringmig import signals
+from uringmig.contents.devicestream import DeviceStream
 from uringmig.contents.memoryfiles import MemoryContents
 from uringmig.contents.source import Row, WindowRead
 from uringmig.errors import BusyError, PeerError
@@ -28,8 +29,8 @@ from uringmig.memory.source import MemorySource
 from uringmig.options import WriteOptions
 from uringmig.progress import ProgressCallback
 from uringmig.qemu.backing import open_backing
-from uringmig.qemu.devicestream import DeviceStream, receive
 from uringmig.qemu.monitor import POLL_S, CommandError, Monitor
+from uringmig.qemu.receiving import receive
 from uringmig.result import SaveResult
 from uringmig.writer import MappedRamWriter, RamBlock
 

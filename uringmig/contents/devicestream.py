@@ -1,4 +1,4 @@
-"""A plain migration stream of a QEMU with x-ignore-shared, by socket or file: small and whole.
+"""What the plain migration stream of a QEMU with x-ignore-shared says: small and whole.
 
 It holds the device state and the pages of private blocks (video RAM, ROMs); the shared blocks are
 only listed. QEMU sends every page of a private block at least once, so a block of which a page
@@ -7,8 +7,6 @@ never came was taken for shared by QEMU, and saving it from here would lose it.
 
 from __future__ import annotations
 
-import select
-import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,8 +15,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from uringmig import signals
-from uringmig.errors import FormatError, MismatchError, PeerError, UringmigError
+from uringmig.errors import FormatError, MismatchError, UringmigError
 from uringmig.format.constants import QEMU_VM_SECTION_END, QEMU_VM_SECTION_START
 from uringmig.format.device_state import DeviceState
 from uringmig.format.events import (
@@ -42,10 +39,7 @@ from uringmig.units import MiB
 
 #: Private blocks held in memory here, in all: video RAM is 16 MiB, a qxl card's 128 MiB.
 PRIVATE_BYTES_MAX: Final = 256 * MiB
-#: Longest silence of QEMU in the middle of its stream; it sends device state within milliseconds,
-#: but a busy host's block devices may take long to come to rest first.
-SILENCE_SECONDS: Final = 60.0
-_RECEIVE_BYTES: Final = 256 * 1024
+_READ_BYTES: Final = 256 * 1024
 
 
 @dataclass(slots=True)
@@ -80,46 +74,6 @@ class DeviceStream:
         return DeviceState.compose(self.section_id, self.early, self.full, self.vmdescription)
 
 
-def receive(
-    connection: socket.socket,
-    shared: Mapping[str, int | None],
-    *,
-    on_setup: Callable[[DeviceStream], None],
-) -> DeviceStream:
-    """Receive a whole stream; the source stays connected and waits for our SHUT.
-
-    Args:
-        connection: connected to the source.
-        shared: idstr and size in bytes of the blocks that are not to come by the stream.
-        on_setup: called when the list of blocks is known; the guest may still run then.
-
-    Raises:
-        PeerError: the source fell silent or went away, or sends what must not be sent.
-        FormatError: the stream breaks a rule of the format.
-    """
-    collector = _Collector(shared, PeerError, on_setup)
-    reader = MainStreamReader()
-    while not reader.finished:
-        if not signals.wait_until_ready(
-            connection.fileno(), select.POLLIN, timeout_s=SILENCE_SECONDS
-        ):
-            raise PeerError(f"QEMU's stream fell silent for {SILENCE_SECONDS:.0f} s")
-        try:
-            data = connection.recv(_RECEIVE_BYTES)
-        except OSError as error:
-            raise PeerError(f"QEMU's stream broke off: {error.strerror}") from None
-        if not data:
-            raise PeerError("QEMU closed its stream before the end")
-        reader.feed(data)
-        if reader.waiting_for_description:
-            description = reader.find_description()
-            if description is not None:
-                reader.set_description(description)
-        for event in reader.events():
-            collector.take(event)
-    return collector.whole()
-
-
 def read_device_state(file: MainFile, shared: Mapping[str, int | None]) -> DeviceStream:
     """Read a stream that a QEMU with x-ignore-shared wrote to a file.
 
@@ -132,11 +86,11 @@ def read_device_state(file: MainFile, shared: Mapping[str, int | None]) -> Devic
         MismatchError: it does not go with the shared blocks.
         StorageError: it cannot be read.
     """
-    collector = _Collector(shared, MismatchError, lambda _: None)
+    collector = StreamCollector(shared, MismatchError, lambda _: None)
     reader = MainStreamReader(file_size=file.size)
     reader.set_description(read_description(file))
     while not reader.finished:
-        data = file.read_at(reader.offset, _RECEIVE_BYTES)
+        data = file.read_at(reader.offset, _READ_BYTES)
         if data:
             reader.feed(data)
         else:
@@ -150,7 +104,7 @@ def read_device_state(file: MainFile, shared: Mapping[str, int | None]) -> Devic
     return collector.whole()
 
 
-class _Collector:
+class StreamCollector:
     """Makes a `DeviceStream` of events; ``refuse`` makes the error for what does not go together.
 
     A size of None in ``shared`` is whatever the stream says.
