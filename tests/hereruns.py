@@ -9,7 +9,7 @@ import msgspec
 from uringmig.batch.attempt import carry_out
 from uringmig.batch.job import parse_jobs
 from uringmig.batch.ledger import Ledger
-from uringmig.batch.messages import Archive, Examine, Message, Order
+from uringmig.batch.messages import Attempt, Examine, Message, Order
 from uringmig.batch.runner import Run
 from uringmig.batch.state import Summary
 from uringmig.batch.worker import attempt
@@ -29,7 +29,7 @@ class HerePool:
         return True
 
     def submit(self, order: Order, *, host: str | None) -> None:
-        if isinstance(order, Archive | Examine):
+        if isinstance(order, Attempt | Examine):
             job = msgspec.structs.replace(order.job, rate=0)
             order = msgspec.structs.replace(order, job=job)
         self._messages.append(attempt(order, carry_out, self._messages.append))

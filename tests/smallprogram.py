@@ -58,12 +58,12 @@ def save_guest(
 
 def store_profile(file: Path) -> None:
     """Keep the settings of a place, as `bench` does in the end."""
-    settings = profile.Settings(
+    settings = profile.ProfileSettings(
         channels=2, depth=8, block_size=MiB, bridge=16 * KiB, direct="preferred", engine="pwrite"
     )
     measured = profile.Measured(ceiling=MiB, rate=MiB, spread=0.1, request_seconds=0.01)
     place = place_of(str(file.parent))
-    entry = profile.Entry(
+    entry = profile.ProfileEntry(
         place=place, created="2026-01-01T00:00:00Z", settings=settings, measured=measured
     )
     profile.store_entry(entry, file)

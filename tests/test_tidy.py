@@ -494,6 +494,33 @@ def test_undocumented_names_are_seen() -> None:
     ]
 
 
+# One name, one thing.
+
+
+def namesakes(modules: list[Module]) -> list[str]:
+    """Public classes of the package that share their name with another one of another module."""
+    homes: dict[str, list[str]] = {}
+    for module in modules:
+        if module.in_package:
+            for node in module.tree.body:
+                if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                    homes.setdefault(node.name, []).append(module.name)
+    return [f"{name}: {', '.join(found)}" for name, found in homes.items() if len(found) > 1]
+
+
+def test_no_two_public_classes_have_one_name() -> None:
+    """Whoever reads a class's name anywhere in the package knows which one it is."""
+    assert namesakes(MODULES) == []
+
+
+def test_namesakes_are_seen() -> None:
+    private = Module("archive.a", "class _File:\n    pass")
+    outside = Module("tests/b.py", "class Place:\n    pass", in_package=False)
+    two = [Module(name, "class Place:\n    pass") for name in ("storage.a", "archive.b")]
+    assert namesakes([private, Module("archive.b", private.source), two[0], outside]) == []
+    assert namesakes(two) == ["Place: storage.a, archive.b"]
+
+
 # Sizes of structures.
 
 

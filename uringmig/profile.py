@@ -39,7 +39,7 @@ BYTES_MAX: Final = MiB
 Options = TypeVar("Options", bound=TransferOptions)
 
 
-class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ProfileSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What to use in place of the defaults; as in `TransferOptions`, sizes in bytes."""
 
     channels: Annotated[int, Meta(ge=1, le=CHANNELS_MAX)]
@@ -79,12 +79,12 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     request_seconds: float
 
 
-class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ProfileEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One place, what it is to be used with, and since when that is known."""
 
     place: Place
     created: str
-    settings: Settings
+    settings: ProfileSettings
     measured: Measured
 
 
@@ -93,7 +93,7 @@ class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     format: str = FORMAT
     version: int = VERSION
-    profiles: list[Entry] = []
+    profiles: list[ProfileEntry] = []
 
 
 def default_file() -> Path:
@@ -112,7 +112,7 @@ def default_file() -> Path:
     return home / "uringmig" / "profiles.json"
 
 
-def read_entries(file: Path) -> list[Entry]:
+def read_entries(file: Path) -> list[ProfileEntry]:
     """Read a profile file; one that does not exist has no entries.
 
     Raises:
@@ -139,7 +139,7 @@ def read_entries(file: Path) -> list[Entry]:
     return content.profiles
 
 
-def settings_for(path: str | os.PathLike[str], file: Path) -> Settings | None:
+def settings_for(path: str | os.PathLike[str], file: Path) -> ProfileSettings | None:
     """Find the settings for images written to ``path``, or None if that place was not measured.
 
     Args:
@@ -158,7 +158,7 @@ def settings_for(path: str | os.PathLike[str], file: Path) -> Settings | None:
     return next((entry.settings for entry in entries if entry.place.matches(place)), None)
 
 
-def store_entry(entry: Entry, file: Path) -> None:
+def store_entry(entry: ProfileEntry, file: Path) -> None:
     """Put an entry into a profile file, in place of the former one of the same place.
 
     Raises:

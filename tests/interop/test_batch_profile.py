@@ -13,11 +13,11 @@ from commandline import uringmig
 from msgspec import structs
 
 from uringmig.options import WriteOptions
-from uringmig.profile import Entry, Measured, Settings, store_entry
+from uringmig.profile import Measured, ProfileEntry, ProfileSettings, store_entry
 from uringmig.storage.place import place_of
 from uringmig.units import KiB
 
-PROFILE = Settings(
+PROFILE = ProfileSettings(
     channels=3, depth=16, block_size=256 * KiB, bridge=12 * KiB, engine="pwrite", direct="off"
 )
 
@@ -34,7 +34,9 @@ def test_given_before_profile_before_default(tmp_path: Path) -> None:
     profiles = tmp_path / "profiles.json"
     measured = Measured(ceiling=1.0, rate=1.0, spread=0.0, request_seconds=0.0)
     place = place_of(str(tmp_path))
-    store_entry(Entry(place=place, created="now", settings=PROFILE, measured=measured), profiles)
+    store_entry(
+        ProfileEntry(place=place, created="now", settings=PROFILE, measured=measured), profiles
+    )
     source = f'image = "{tmp_path}/vm.mig"'
     path = write_jobs(
         tmp_path,
@@ -89,7 +91,9 @@ def test_a_profile_does_not_require_what_may_be_gone(tmp_path: Path) -> None:
     measured = Measured(ceiling=1.0, rate=1.0, spread=0.0, request_seconds=0.0)
     settings = structs.replace(PROFILE, engine="io_uring", direct="required")
     place = place_of(str(tmp_path))
-    store_entry(Entry(place=place, created="now", settings=settings, measured=measured), profiles)
+    store_entry(
+        ProfileEntry(place=place, created="now", settings=settings, measured=measured), profiles
+    )
     path = write_jobs(tmp_path, job("a", f'image = "{tmp_path}/vm.mig"'))
     ended = uringmig(
         *("archive", "run", path, "--profile-file", profiles, "--json"), refuse_ring=errno.EPERM

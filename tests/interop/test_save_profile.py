@@ -11,13 +11,13 @@ from commandline import uringmig
 from realguest import StartMachine, shared_path
 
 from uringmig.options import WriteOptions
-from uringmig.profile import Entry, Measured, Settings, store_entry
+from uringmig.profile import Measured, ProfileEntry, ProfileSettings, store_entry
 from uringmig.storage.place import Place, place_of
 from uringmig.testing.machine import Machine
 from uringmig.units import KiB, MiB
 
 NAMES = ("channels", "depth", "block_size", "bridge")
-PROFILE = Settings(
+PROFILE = ProfileSettings(
     channels=3, depth=16, block_size=256 * KiB, bridge=12 * KiB, engine="pwrite", direct="off"
 )
 
@@ -29,7 +29,7 @@ def machine(start_machine: StartMachine) -> Machine:
 
 def profile_of(place: Place, file: Path) -> Path:
     measured = Measured(ceiling=1.0, rate=1.0, spread=0.0, request_seconds=0.0)
-    store_entry(Entry(place=place, created="now", settings=PROFILE, measured=measured), file)
+    store_entry(ProfileEntry(place=place, created="now", settings=PROFILE, measured=measured), file)
     return file
 
 

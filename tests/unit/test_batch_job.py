@@ -12,7 +12,7 @@ from uringmig.batch.job import (
     ImageSource,
     JobFile,
     MemoryFile,
-    MemorySource,
+    MemoryFilesSource,
     QmpSource,
     entry_name,
     parse_jobs,
@@ -75,7 +75,7 @@ def test_every_kind_of_source_with_defaults_applied() -> None:
     assert image.source == ImageSource("/etc/uringmig/old.mig", MiB)
     assert (image.vm, image.archive, image.tier, image.dedup) == ("web1", "/other", "hot", True)
     assert image.timeout_s == 0
-    assert memory.source == MemorySource(
+    assert memory.source == MemoryFilesSource(
         {"pc.ram": MemoryFile("/dev/shm/sim"), "x": MemoryFile("/etc/uringmig/x", 4096)},
         "/etc/uringmig/sim.state",
     )

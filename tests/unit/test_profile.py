@@ -15,9 +15,9 @@ from uringmig.errors import FormatError, StateError, StorageError
 from uringmig.options import PAGE_SIZE, ReadOptions, WriteOptions
 from uringmig.profile import (
     BYTES_MAX,
-    Entry,
     Measured,
-    Settings,
+    ProfileEntry,
+    ProfileSettings,
     check_writable,
     default_file,
     read_entries,
@@ -26,13 +26,13 @@ from uringmig.profile import (
 )
 from uringmig.storage.place import Place, place_of
 
-SETTINGS = Settings(
+SETTINGS = ProfileSettings(
     channels=3, depth=16, block_size=4 << 20, bridge=8192, engine="auto", direct="preferred"
 )
 
 
-def entry_of(place: Place, settings: Settings = SETTINGS) -> Entry:
-    return Entry(
+def entry_of(place: Place, settings: ProfileSettings = SETTINGS) -> ProfileEntry:
+    return ProfileEntry(
         place=place,
         created="2026-01-01T00:00:00+00:00",
         settings=settings,
@@ -59,7 +59,7 @@ def test_what_is_stored_is_found(tmp_path: Path) -> None:
 def test_a_place_has_one_entry_and_others_keep_theirs(tmp_path: Path) -> None:
     file = tmp_path / "p.json"
     here = place_of(str(tmp_path))
-    newer = Settings(
+    newer = ProfileSettings(
         channels=1, depth=1, block_size=PAGE_SIZE, bridge=0, engine="pwrite", direct="off"
     )
     for number in range(3):
@@ -183,7 +183,7 @@ def test_asked_for_before_profile_before_default(
     asked = WriteOptions(
         channels=7, depth=5, block_size=block_size, bridge=0, engine="pwrite", direct="off"
     )
-    settings = Settings(
+    settings = ProfileSettings(
         channels=3, depth=16, block_size=4 << 20, bridge=bridge, engine="auto", direct="required"
     )
     tuned = settings.apply_to(asked, explicit=explicit)

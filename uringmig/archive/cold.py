@@ -32,7 +32,7 @@ from uringmig.archive.coldformat import (
 from uringmig.archive.coldread import ColdContents, open_cold
 from uringmig.archive.copyjournal import BITS_BYTES, Chunk
 from uringmig.archive.copyrun import CopyRun
-from uringmig.archive.intake import NOTHING, Held, Intake
+from uringmig.archive.intake import NOTHING, Intake, TakenWindow
 from uringmig.archive.partialcopy import PartialCopy
 from uringmig.archive.tier import LIVE_KINDS, CopiedGuest, EntryLabel, TierResult, describe_entry
 from uringmig.contents.source import Contents, Row
@@ -352,7 +352,7 @@ class _ColdWork:
         if frame is not None:
             self._free.append(frame)
 
-    def _gather(self, held: Held, bits: NDArray[np.bool_], stored: int) -> NDArray[np.uint8]:
+    def _gather(self, held: TakenWindow, bits: NDArray[np.bool_], stored: int) -> NDArray[np.uint8]:
         """The window's nonzero pages, one after the other."""
         if stored == len(bits):
             return held.memory

@@ -22,7 +22,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from uringmig.archive.intake import Held
+from uringmig.archive.intake import TakenWindow
 from uringmig.errors import FormatError, StorageError, UringmigError
 from uringmig.format.layout import ImageLayout
 from uringmig.image.parse import parse_image
@@ -216,7 +216,7 @@ class SlotReader:
         self._path = path
 
     def differing(
-        self, held: Held, bits: NDArray[np.bool_], buffer: NDArray[np.uint8]
+        self, held: TakenWindow, bits: NDArray[np.bool_], buffer: NDArray[np.uint8]
     ) -> NDArray[np.bool_]:
         """Say which pages of a window are not yet what lies in their slots.
 

@@ -39,7 +39,7 @@ from uringmig.storage.publication import PARTIAL
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class EntryFiles:
     """Where a new entry's files go; both paths are absolute."""
 
     image: Path
@@ -231,7 +231,7 @@ class Archive:
                 return entry
         return None
 
-    def place(self, name: str, tier: Tier) -> Place:
+    def place(self, name: str, tier: Tier) -> EntryFiles:
         """Say where the image of a new entry goes; nothing is made.
 
         Raises:
@@ -240,7 +240,7 @@ class Archive:
         self._check_writable()
         self.check_free(name)
         image = image_path(self.path, name, tier)
-        return Place(image, journal_path(image))
+        return EntryFiles(image, journal_path(image))
 
     def check_free(self, name: str) -> None:
         """Refuse a name that no new entry can have.
@@ -296,17 +296,17 @@ class Archive:
         images = [image_path(self.path, entry.name, entry.tier) for entry in entries]
         self._warn(remove_entries(self.catalogue, images))
 
-    def unfinished(self) -> list[Place]:
+    def unfinished(self) -> list[EntryFiles]:
         """Images whose copying was interrupted and can go on from its journal."""
         names = sorted(path.name for path in self.path.glob(f"*{PARTIAL}"))
         images = [self.path / name.removesuffix(PARTIAL) for name in names]
         return [
-            Place(image, journal_path(image))
+            EntryFiles(image, journal_path(image))
             for image in images
             if split_image_name(image.name) and os.path.lexists(journal_path(image))
         ]
 
-    def discard(self, place: Place) -> None:
+    def discard(self, place: EntryFiles) -> None:
         """Give up an image that was never published.
 
         Raises:

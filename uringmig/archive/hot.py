@@ -17,7 +17,7 @@ import numpy as np
 from uringmig.archive.copyjournal import BITS_BYTES, Chunk
 from uringmig.archive.copyrun import CopyRun
 from uringmig.archive.dedup import Earlier, SlotReader
-from uringmig.archive.intake import NOTHING, Held, Intake
+from uringmig.archive.intake import NOTHING, Intake, TakenWindow
 from uringmig.archive.partialcopy import PartialCopy
 from uringmig.archive.tier import LIVE_KINDS, CopiedGuest, EntryLabel, TierResult, describe_entry
 from uringmig.contents.source import Contents, Row
@@ -218,7 +218,7 @@ class _HotWork:
         self._counters = counters
         # One more: of a window with nothing to write the digest is still to be made.
         self._free = [aligned_buffer(WINDOW_BYTES) for _ in range(self.windows_max + 1)]
-        self._open: dict[Window, Held] = {}
+        self._open: dict[Window, TakenWindow] = {}
         self._half: set[Window] = set()
 
     def plan(self, window: Window) -> IoPlan:

@@ -31,7 +31,7 @@ NOTHING: Final = IoPlan(_EMPTY, _EMPTY, _EMPTY)
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class TakenWindow:
     """One window in a channel's hands.
 
     Attributes:
@@ -97,7 +97,7 @@ class Intake:
         self._lock = threading.Lock()
         self._failure: BaseException | None = None
 
-    def take(self, buffer: NDArray[np.uint8]) -> Held:
+    def take(self, buffer: NDArray[np.uint8]) -> TakenWindow:
         """Take any window that nobody has yet.
 
         Args:
@@ -135,7 +135,7 @@ class Intake:
         if close is not None:
             close()
 
-    def _hold(self, read: WindowRead, buffer: NDArray[np.uint8]) -> Held:
+    def _hold(self, read: WindowRead, buffer: NDArray[np.uint8]) -> TakenWindow:
         """Copy a window's data, or keep a view that stays."""
         row = (read.block_index, read.row)
         data = read.data
@@ -147,11 +147,11 @@ class Intake:
             start, length = _joined(data, self._gap_bytes)
         fill_up = read.block_index in self._filled
         if self._live and not (fill_up or self._copies):
-            return Held(row, read.memory, start, length, buffer)
+            return TakenWindow(row, read.memory, start, length, buffer)
         if not (fill_up or self._live) and read.exchange is not None:
             kept = read.exchange(buffer)
             if kept is not None:
-                return Held(row, read.memory, start, length, kept)
+                return TakenWindow(row, read.memory, start, length, kept)
         memory = buffer[: len(read.memory)]
         if fill_up:
             memory[:] = 0
@@ -159,7 +159,7 @@ class Intake:
             memory[first : first + count] = read.memory[first : first + count]
         if fill_up:
             start, length = [0], [len(memory)]
-        return Held(row, memory, start, length, buffer)
+        return TakenWindow(row, memory, start, length, buffer)
 
 
 def _joined(data: Extents, gap_bytes: int) -> tuple[list[int], list[int]]:

@@ -19,10 +19,10 @@ from uringmig.archive.hot import write_hot
 from uringmig.archive.removing import remove_files
 from uringmig.archive.tier import LIVE_KINDS, EntryLabel, TierResult
 from uringmig.batch.disks import disks_of, measure_depth
-from uringmig.batch.job import ImageSource, Job, MemorySource, QmpSource
+from uringmig.batch.job import ImageSource, Job, MemoryFilesSource, QmpSource
 from uringmig.batch.messages import (
-    Archive,
     Archived,
+    Attempt,
     Estimate,
     Examine,
     Measure,
@@ -61,7 +61,7 @@ def carry_out(order: Order, tell: Callable[[Snapshot], None]) -> OrderResult:
             return examine(order.job)
         case Measure():
             return measure_depth(order.path, depth_max=order.depth_max)
-        case Archive():
+        case Attempt():
             return archive(order, tell)
 
 
@@ -120,7 +120,7 @@ def open_source(job: Job, *, rate: int) -> Contents:
             if not offset and is_cold(image):
                 return open_cold(image, options=options)
             return open_contents(image, offset=offset or None, options=options)
-        case MemorySource(memory, device_state):
+        case MemoryFilesSource(memory, device_state):
             blocks = [
                 MemoryFileBlock(idstr, file.path, file.offset, file.length)
                 for idstr, file in memory.items()
@@ -130,7 +130,7 @@ def open_source(job: Job, *, rate: int) -> Contents:
             raise StateError("a running guest is held, not opened")
 
 
-def archive(order: Archive, tell: ProgressCallback) -> Archived:
+def archive(order: Attempt, tell: ProgressCallback) -> Archived:
     """Write one entry, and read it back if the job says so.
 
     Raises:
@@ -161,7 +161,7 @@ def archive(order: Archive, tell: ProgressCallback) -> Archived:
     )
 
 
-def _check_room(order: Archive, contents: PlainFileContents) -> None:
+def _check_room(order: Attempt, contents: PlainFileContents) -> None:
     """Refuse a stream that does not fit, now that its pages are counted; its plan could not know.
 
     Raises:
@@ -182,7 +182,7 @@ def _check_room(order: Archive, contents: PlainFileContents) -> None:
     make_plan([row], {job.archive: free_space(job.archive)}, unfinished=unfinished).check()
 
 
-def _write(order: Archive, contents: Contents, tell: ProgressCallback) -> TierResult:
+def _write(order: Attempt, contents: Contents, tell: ProgressCallback) -> TierResult:
     """Write contents in the job's tier."""
     job = order.job
     image, journal = Path(order.image), Path(order.journal)
@@ -207,7 +207,7 @@ def _write(order: Archive, contents: Contents, tell: ProgressCallback) -> TierRe
 
 
 def _archived(
-    order: Archive,
+    order: Attempt,
     contents: Contents,
     written: TierResult,
     tell: ProgressCallback,
@@ -247,7 +247,7 @@ def _archived(
     )
 
 
-def _read_back(order: Archive, tell: ProgressCallback) -> None:
+def _read_back(order: Attempt, tell: ProgressCallback) -> None:
     """Read a new entry from the disk and compare; one that differs is removed.
 
     Raises:

@@ -57,14 +57,14 @@ class ImageSource(msgspec.Struct, frozen=True, tag="image"):
     offset: int = 0
 
 
-class MemorySource(msgspec.Struct, frozen=True, tag="memory"):
+class MemoryFilesSource(msgspec.Struct, frozen=True, tag="memory"):
     """Memory files by idstr, and the device state saved without them."""
 
     memory: dict[str, MemoryFile]
     device_state: str
 
 
-Source = QmpSource | ImageSource | MemorySource
+Source = QmpSource | ImageSource | MemoryFilesSource
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -330,7 +330,7 @@ class _Parser:
                     for idstr, file in (table.memory or {}).items()
                 }
                 state = self._path_of(table.device_state, f"{place}.device_state")
-                return MemorySource(memory, state)
+                return MemoryFilesSource(memory, state)
             case _:
                 raise self.refusal(
                     place,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final, Self
 
 from uringmig.archive.dedup import sharing_trouble
-from uringmig.archive.directory import Archive, Place
+from uringmig.archive.directory import Archive, EntryFiles
 from uringmig.archive.entry import Entry, check_name
 from uringmig.archive.folder import has_archive
 from uringmig.batch import journal
@@ -164,7 +164,7 @@ class Ledger:
         trouble = sharing_trouble(folder, None if previous is None else Path(previous.image))
         return trouble, previous is not None
 
-    def start(self, state: JobState) -> tuple[Place, str | None]:
+    def start(self, state: JobState) -> tuple[EntryFiles, str | None]:
         """Note that a job begins to write.
 
         Returns:
@@ -199,7 +199,7 @@ class Ledger:
             )
         )
 
-    def adopt(self, state: JobState, place: Place) -> Archived | None:
+    def adopt(self, state: JobState, place: EntryFiles) -> Archived | None:
         """An entry that is whole although its worker could not say so any more, or None."""
         archive = self._archives[state.job.archive]
         try:
@@ -212,7 +212,7 @@ class Ledger:
             state.warnings.append("the entry is whole, but was not read back")
         return archived
 
-    def fail(self, state: JobState, place: Place | None, *, stopped: bool) -> None:
+    def fail(self, state: JobState, place: EntryFiles | None, *, stopped: bool) -> None:
         """Remove what a job has left that nobody goes on with, and note that it is given up.
 
         Args:
@@ -309,7 +309,7 @@ class Ledger:
         """A sound entry as it was when the run began."""
         return self._entries[archive].get(name)
 
-    def _place(self, archive: str, name: str, tier: str) -> Place:
+    def _place(self, archive: str, name: str, tier: str) -> EntryFiles:
         return self._archives[archive].place(name, "cold" if tier == "cold" else "hot")
 
 

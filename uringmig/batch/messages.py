@@ -71,7 +71,7 @@ class Measure(msgspec.Struct, frozen=True, kw_only=True, tag="measure"):
     depth_max: int
 
 
-class Archive(msgspec.Struct, frozen=True, kw_only=True, tag="archive"):
+class Attempt(msgspec.Struct, frozen=True, kw_only=True, tag="archive"):
     """One attempt at a job.
 
     Attributes:
@@ -91,7 +91,7 @@ class Archive(msgspec.Struct, frozen=True, kw_only=True, tag="archive"):
     rate: int
 
 
-Order = Examine | Measure | Archive
+Order = Examine | Measure | Attempt
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True, tag="progress"):

@@ -13,15 +13,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from uringmig.archive.directory import Place
+from uringmig.archive.directory import EntryFiles
 from uringmig.batch.admission import DEPTH_OTHERWISE, Admission, Allowance
 from uringmig.batch.disks import DiskUse, disks_of
 from uringmig.batch.job import ImageSource, Job
 from uringmig.batch.ledger import Ledger
 from uringmig.batch.memory import OwnMemory
 from uringmig.batch.messages import (
-    Archive,
     Archived,
+    Attempt,
     Disk,
     Estimate,
     Examine,
@@ -92,7 +92,7 @@ class Run:
         self._began_at = time.monotonic()
         self._states = ledger.states()
         self._by_name = {state.job.name: state for state in self._states}
-        self._places: dict[str, Place] = {}
+        self._places: dict[str, EntryFiles] = {}
         self._admission = Admission({})
         self._disks = _Disks()
         self._memory = OwnMemory()
@@ -312,7 +312,7 @@ class Run:
         state.began_at = time.monotonic()
         state.stopping_at, state.timed_out, state.progress = None, False, None
         self._pool.submit(
-            Archive(
+            Attempt(
                 key=job.name,
                 job=job,
                 entry=state.entry,

@@ -8,7 +8,7 @@ import msgspec
 
 from uringmig.batch.job import Job, JobFile
 from uringmig.options import DirectMode, EngineName
-from uringmig.profile import Settings, settings_for
+from uringmig.profile import ProfileSettings, settings_for
 
 
 def tune(job_file: JobFile, profiles: Path) -> tuple[JobFile, list[str]]:
@@ -36,7 +36,7 @@ def tune(job_file: JobFile, profiles: Path) -> tuple[JobFile, list[str]]:
     return msgspec.structs.replace(job_file, jobs=jobs), notes
 
 
-def _tuned(job: Job, settings: Settings | None) -> Job:
+def _tuned(job: Job, settings: ProfileSettings | None) -> Job:
     """Apply one profile to one job."""
     if settings is None:
         return job

@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from uringmig.bench.race import Race, Rate
-from uringmig.bench.trial import MEMORY_BYTES, Outcome, Preparation, Trial, Workbench
+from uringmig.bench.trial import MEMORY_BYTES, Preparation, Trial, TrialOutcome, Workbench
 from uringmig.errors import StateError, StorageError
 from uringmig.options import PAGE_SIZE, WINDOW_BYTES, DirectMode, EngineName, WriteOptions
-from uringmig.profile import Settings
+from uringmig.profile import ProfileSettings
 from uringmig.storage.choice import choose_engine
 from uringmig.storage.place import Place, place_of
 from uringmig.units import KiB, MiB, align_down, format_size
@@ -109,7 +109,7 @@ class BenchReport:
     buffered: Rate | None
     request_seconds: float
     bridge_pages: int
-    settings: Settings
+    settings: ProfileSettings
     notes: tuple[str, ...]
 
 
@@ -235,7 +235,7 @@ class _Measuring:
             buffered=buffered,
             request_seconds=request_seconds,
             bridge_pages=bridge_pages,
-            settings=Settings(
+            settings=ProfileSettings(
                 channels=chosen.channels,
                 depth=chosen.depth,
                 block_size=chosen.block_size,
@@ -248,7 +248,7 @@ class _Measuring:
             notes=tuple(note for note in (self._engine.note, first.note) if note is not None),
         )
 
-    def _try(self, trial: Trial, length_bytes: int) -> Outcome:
+    def _try(self, trial: Trial, length_bytes: int) -> TrialOutcome:
         """Run one trial."""
         return self._bench.run(
             trial, length_bytes=length_bytes, seconds_max=_PATIENCE * self._trial_seconds
@@ -257,7 +257,7 @@ class _Measuring:
     def _rate(self, trial: Trial) -> float:
         return self._try(trial, self._length).rate
 
-    def _warm_up(self) -> Outcome:
+    def _warm_up(self) -> TrialOutcome:
         """Run the ceiling's trial unmeasured, and settle how much a trial writes."""
         trial = self._ceiling()
         self._try(trial, self._length)

@@ -59,7 +59,7 @@ class Trial:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class TrialOutcome:
     """What came of a trial: bytes written and requests, in seconds until they were durable."""
 
     written_bytes: int
@@ -92,7 +92,7 @@ class Workbench:
         )
         self._memory.view(np.uint64)[:] = words
 
-    def run(self, trial: Trial, *, length_bytes: int, seconds_max: float) -> Outcome:
+    def run(self, trial: Trial, *, length_bytes: int, seconds_max: float) -> TrialOutcome:
         """Write ``length_bytes``, or what ``seconds_max`` allow, and sync.
 
         Raises:
@@ -126,7 +126,7 @@ class Workbench:
             seconds = time.perf_counter() - started
             if trial.every_other:
                 _fill_gaps(main, blocks)
-        return Outcome(
+        return TrialOutcome(
             written_bytes=sum(counter.completed_bytes for counter in counters),
             requests=sum(counter.requests for counter in counters),
             seconds=seconds,

@@ -16,7 +16,7 @@ from uringmig.cli.output import Output
 from uringmig.cli.session import Session
 from uringmig.errors import StateError, StorageError, UringmigError
 from uringmig.options import PAGE_SIZE, DirectMode, EngineName
-from uringmig.profile import Entry, Measured, check_writable, default_file, store_entry
+from uringmig.profile import Measured, ProfileEntry, check_writable, default_file, store_entry
 from uringmig.units import MiB, format_size
 
 _NOT_KEPT: Final = "the profile is not kept"
@@ -87,9 +87,9 @@ def _profile_file(output: Output, out: Path | None) -> Path | None:
     return file
 
 
-def _entry(report: BenchReport) -> Entry:
+def _entry(report: BenchReport) -> ProfileEntry:
     """What of a report goes into the profile."""
-    return Entry(
+    return ProfileEntry(
         place=report.place,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         settings=report.settings,
