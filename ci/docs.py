@@ -19,8 +19,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
+import click
 import griffe
 import griffe2md
+
+from uringmig import cli
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 PACKAGE: Final = "uringmig"
@@ -186,8 +189,8 @@ def _wrapped(signature: str) -> list[str]:
 
 def man_page() -> str:
     """The page docs/uringmig.1, from the help of every command."""
-    root = command_line()
-    commands = list(_commands(root, root.context_class(root, info_name=PACKAGE)))
+    root: click.Group = cli.app
+    commands = list(_commands(root, None, PACKAGE))
     lines = [
         f'.TH URINGMIG 1 "" "{PACKAGE} {version(PACKAGE)}" "User Commands"',
         r".\" Made from the command line's own help by ci/docs; do not edit it here.",
@@ -212,27 +215,23 @@ def man_page() -> str:
     return "\n".join([*lines, *_exit_status()]) + "\n"
 
 
-def command_line() -> Any:
-    """The program's click command."""
-    from uringmig import cli
-
-    return cli.app
-
-
-def _commands(command: Any, context: Any) -> Iterator[tuple[Any, Any]]:
+def _commands(
+    command: click.Command, parent: click.Context | None, name: str
+) -> Iterator[tuple[click.Command, click.Context]]:
     """A command and those below it, each with its context; groups that only hold others not."""
-    names = command.list_commands(context) if hasattr(command, "list_commands") else []
-    if not names or context.parent is None:
+    settings = command.context_settings
+    context = command.context_class(command, info_name=name, parent=parent, **settings)
+    if not isinstance(command, click.Group) or parent is None:
         yield command, context
-    for name in names:
-        inner = command.get_command(context, name)
-        yield from _commands(inner, inner.context_class(inner, info_name=name, parent=context))
+    if isinstance(command, click.Group):
+        for inner in command.list_commands(context):
+            found = command.get_command(context, inner)
+            assert found is not None, inner
+            yield from _commands(found, context, inner)
 
 
 def _exit_status() -> list[str]:
     """The table in the command line's docstring."""
-    from uringmig import cli
-
     match = re.search(r"^    0 done.*?(?=\n\n)", cli.__doc__ or "", re.MULTILINE | re.DOTALL)
     assert match is not None, "uringmig.cli no longer lists the exit codes"
     codes = " ".join(match[0].split())
