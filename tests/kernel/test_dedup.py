@@ -242,25 +242,64 @@ def test_areas_cloned_before_the_failure_are_holes_again(
         assert result.allocated_bytes < 2 * MIB
 
 
-def test_blocks_of_the_earlier_image_that_rotted_are_written_anew(tmp_path: Path) -> None:
-    """What cannot be read cannot be compared either; that costs room, and no backup."""
-    guest = dense_guest(ram_bytes=9 * MIB)
-    save(tmp_path / "first", guest)
-    page = guest["pc.ram"][5 * MIB :][:PAGE].tobytes()
-    with mounted("btrfs", tmp_path, size=DISK_BYTES) as disk:
-        archive(tmp_path / "first", disk / "1.mig", None)
-        os.sync()
-        file = tmp_path / "btrfs.disk"
-        with file.open("r+b") as image, mmap.mmap(image.fileno(), 0) as raw:
+def rot(disk_file: Path, *pages: bytes) -> None:
+    """Overwrite the only place of a disk at which each of these pages lies."""
+    with disk_file.open("r+b") as image, mmap.mmap(image.fileno(), 0) as raw:
+        for page in pages:
             at = raw.find(page)
             assert at > 0
             raw[at : at + PAGE] = bytes(PAGE)
-        Path("/proc/sys/vm/drop_caches").write_text("3")
+    Path("/proc/sys/vm/drop_caches").write_text("3")
+
+
+def test_blocks_of_the_earlier_image_that_rotted_are_written_anew(tmp_path: Path) -> None:
+    """What cannot be read cannot be compared either; that costs room, and no backup.
+
+    Nor does rot come along under pages that are zero by now: the new image can be read from its
+    first byte to its last, whichever way, and the next one shares all of it.
+    """
+    guest = dense_guest(ram_bytes=9 * MIB)
+    save(tmp_path / "first", guest)
+    starts = (MIB // 2, 3 * MIB // 2, 5 * MIB)
+    rotten = [guest["pc.ram"][start:][:PAGE].tobytes() for start in starts]
+    other = {idstr: memory.copy() for idstr, memory in guest.items()}
+    other["pc.ram"][MIB // 2 :][:PAGE] = 0  # a page of a window, ...
+    other["pc.ram"][MIB : 3 * MIB] = 0  # ... and whole windows
+    save(tmp_path / "second", other)
+    with mounted("btrfs", tmp_path, size=DISK_BYTES) as disk:
+        archive(tmp_path / "first", disk / "1.mig", None)
+        os.sync()
+        rot(tmp_path / "btrfs.disk", *rotten)
         with pytest.raises(OSError, match="Input/output error"):
             (disk / "1.mig").read_bytes()
-        result = archive(tmp_path / "first", disk / "2.mig", disk / "1.mig")
-        check_image(disk / "2.mig", copy_of(guest))
+        result = archive(tmp_path / "second", disk / "2.mig", disk / "1.mig")
+        check_image(disk / "2.mig", copy_of(other))
         assert not verify(disk / "2.mig").mismatches
         assert result.shared_bytes > MIB
         [warning] = result.warnings
         assert "written anew where the earlier image cannot be read" in warning
+        (disk / "2.mig").read_bytes()
+        third = archive(tmp_path / "second", disk / "3.mig", disk / "2.mig")
+        assert (third.warnings, third.written_bytes) == ((), 0)
+
+
+@REFLINK
+def test_nothing_of_the_earlier_image_stays_under_clear_bits(tmp_path: Path, kind: str) -> None:
+    """A page that became zero takes no room, and keeps no blocks of an image that is pruned."""
+    guest = make_guest(0)
+    save(tmp_path / "first", guest)
+    other = {idstr: memory.copy() for idstr, memory in guest.items()}
+    other["pc.ram"].reshape(-1, PAGE)[::3] = 0
+    other["pc.ram"][4 * MIB : 7 * MIB] = 0
+    save(tmp_path / "second", other)
+    with mounted(kind, tmp_path, size=DISK_BYTES) as disk:
+        archive(tmp_path / "first", disk / "1.mig", None)
+        result = archive(tmp_path / "second", disk / "2.mig", disk / "1.mig")
+        assert (result.warnings, result.written_bytes) == ((), 0)
+        data = (disk / "2.mig").read_bytes()
+        for block in check_image(disk / "2.mig", copy_of(other)).blocks:
+            length = len(other[block.idstr])
+            # Byte for byte, whatever the bits say.
+            assert data[block.pages_offset :][:length] == other[block.idstr].tobytes()
+        sparse = archive(tmp_path / "second", disk / "alone.mig", None)
+        assert result.allocated_bytes <= sparse.allocated_bytes + MIB

@@ -2,7 +2,10 @@
 
 The earlier image's page areas are cloned into the new file (FICLONERANGE), which costs no data;
 then only pages that differ from what now lies in their slots are written, and for these the file
-system gives the new file blocks of its own. The image stays a plain file.
+system gives the new file blocks of its own. At the end the slots of pages that are zero by now are
+made holes: no dead memory stays in the image, none of it keeps blocks of an image that is pruned,
+and where the earlier image has rotted the new one can be read all the same. The image stays a plain
+file.
 
 All of it is for less room on the disk. Where it cannot be had the image is written whole, with a
 warning: a large backup is better than none.
@@ -15,6 +18,7 @@ import errno
 import fcntl
 import os
 import struct
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
@@ -27,12 +31,14 @@ from uringmig.errors import FormatError, StorageError, UringmigError
 from uringmig.format.layout import ImageLayout
 from uringmig.image.parse import parse_image
 from uringmig.options import PAGE_SIZE, WINDOW_BYTES, DirectMode
+from uringmig.pages import bitmap
+from uringmig.pages.runs import runs_from_bits
 from uringmig.storage.directfile import open_direct
 from uringmig.storage.engine import Operation
 from uringmig.storage.mainfile import MainFile, open_for_reading
 from uringmig.storage.nameless import nameless_file
 from uringmig.storage.target import NamedTarget
-from uringmig.units import align_down, is_aligned
+from uringmig.units import MiB, align_down, div_ceil, is_aligned
 
 #: linux/fs.h: FICLONERANGE and struct file_clone_range.
 _FICLONERANGE: Final = 0x4020940D
@@ -62,6 +68,8 @@ _NO_REFLINK: Final = {
     errno.EXDEV: ("the earlier image is on another file system", "archive to that, or do without"),
 }
 _WORDS_PER_PAGE: Final = PAGE_SIZE // 8
+#: Slots looked through in one go for what is to be freed, between two looks at signals.
+_FREED_AT_ONCE: Final = 256 * MiB
 
 
 class Earlier:
@@ -116,6 +124,40 @@ class Earlier:
             target.main.set_size(layout.trailer_offset)
         return None
 
+    def free_unset(
+        self,
+        main: MainFile,
+        layout: ImageLayout,
+        bitmaps: Sequence[NDArray[np.uint8]],
+        tell: Callable[[], object],
+    ) -> None:
+        """Make holes of the slots that may have been cloned and whose pages are not set.
+
+        Args:
+            main: the new file, all of whose pages are written.
+            layout: of it.
+            bitmaps: of its blocks, packed.
+            tell: called now and then; what it raises ends this.
+        """
+        if self.identity is None:
+            return
+        trouble = None
+        try:
+            for place, packed in zip(layout.blocks, bitmaps, strict=True):
+                area, end = place.pages_offset, place.pages_offset + place.used_length
+                for start in range(area, end, _FREED_AT_ONCE):
+                    tell()
+                    stop = min(start + _FREED_AT_ONCE, end)
+                    for offset, length in _unset_data(main, area, (start, stop), packed):
+                        trouble = main.punch_hole(offset, length) or trouble
+        except StorageError as error:
+            trouble = error.errno
+        if trouble:
+            self.warnings.append(
+                "blocks of the earlier image stay allocated under pages that are zero: "
+                f"{os.strerror(trouble)}"
+            )
+
     def shared_bytes(self, main: MainFile) -> int:
         """Bytes of the new file that another one has too; 0 if the file system does not tell."""
         try:
@@ -127,6 +169,28 @@ class Earlier:
     def _give_up(self, error: UringmigError) -> None:
         """Say why nothing is shared."""
         self.warnings.append(f"the image is written whole, sharing nothing: {error}")
+
+
+def _unset_data(
+    main: MainFile, area: int, within: tuple[int, int], packed: NDArray[np.uint8]
+) -> Iterator[tuple[int, int]]:
+    """Yield (offset, length) of slots that are no holes and whose bits are clear.
+
+    Args:
+        main: the file.
+        area: offset of the first slot of the block.
+        within: offsets of the slots that are looked at, from and to.
+        packed: bits of the block's pages.
+
+    Raises:
+        StorageError: the kernel refused to tell.
+    """
+    for start, length in main.data_pieces(*within):
+        # Blocks of the file system may be smaller than a page.
+        first, end = (start - area) // PAGE_SIZE, div_ceil(start + length - area, PAGE_SIZE)
+        runs = runs_from_bits(~bitmap.unpack(packed, first_page=first, page_count=end - first))
+        for page, count in zip(runs.first_page.tolist(), runs.page_count.tolist(), strict=True):
+            yield area + (first + page) * PAGE_SIZE, count * PAGE_SIZE
 
 
 def sharing_trouble(folder: Path, previous: Path | None) -> str | None:

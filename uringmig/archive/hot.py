@@ -165,6 +165,12 @@ class HotCopy:
     def _finish(self, label: EntryLabel | None) -> TierResult:
         """Write all that is not pages, make it durable, give it its name."""
         blocks = self._guest.blocks
+        self._earlier.free_unset(
+            self._target.main,
+            self._layout,
+            [block.bitmap for block in blocks],
+            lambda: self._copy.tell("write"),
+        )
         tail = self._contents.device_state().tail
         finished = self._draft.finish(
             [block.bitmap for block in blocks],

@@ -113,12 +113,15 @@ class MainFile:
                 f"cannot make the file {size} bytes long", errno=error.errno, path=self.path
             ) from None
 
-    def punch_hole(self, offset: int, length: int) -> None:
+    def punch_hole(self, offset: int, length: int) -> int:
         """Free the blocks of a range whose bytes nobody needs; its bytes are zero afterwards.
 
         Only an offer: a file system that cannot keeps them.
+
+        Returns:
+            The errno; 0 if it could.
         """
-        self._fallocate(_FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE, offset, length)
+        return self._fallocate(_FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE, offset, length)
 
     def allocate(self, offset: int, length: int) -> None:
         """Give a range its blocks; its bytes stay as they are, zero where there was a hole.
