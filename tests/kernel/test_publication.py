@@ -107,6 +107,8 @@ def test_no_power_cut_mixes_two_images(
             found = after(safe, [one for n, one in enumerate(pending) if kept >> n & 1])
             if "vm" in found and "vm.json" in found:
                 assert found["vm"] == found["vm.json"], (step, found)
+            if found.get("vm.json") == "new":
+                assert found.get("vm") == "new", (step, found)
             if found.get("vm") == "new":
                 # It has its sidecar, or healing finds it.
                 assert "new" in (found.get("vm.json"), found.get("vm.json.partial")), (step, found)

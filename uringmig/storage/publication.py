@@ -13,7 +13,8 @@ undone until the last:
 
 So no power cut, whatever of the steps since the last sync it forgets, leaves a new file beside an
 old sidecar or the reverse: between 3 and 5 there is none, and a file without one is still whole;
-nor a file that was to have a sidecar without anything from which healing could give it one. A
+nor a file that was to have a sidecar without anything from which healing could give it one, nor a
+sidecar without its file. A
 step that fails puts the former file and its sidecar back. What a killed writer leaves tells how far
 it came (NAME and NAME.former~ are one file until 4), and `settle`, which the next writer of the
 name and the archive's healing call, undoes it before 4 and finishes it after.
@@ -146,14 +147,13 @@ class Publication:
         beside = self.sidecar_path
         if beside is not None and sidecar is not None:
             _write_durable(beside + PARTIAL, sidecar, self._mode)
-        replaced = _set_aside(self.path)
+        _set_aside(self.path)
         moved = beside is not None and _move(beside, beside + FORMER)
         if moved or sidecar is not None:
             self._sync()
         os.rename(self.partial_path, self.path)
         if beside is not None and sidecar is not None:
-            if replaced:
-                self._sync()
+            self._sync()
             os.rename(beside + PARTIAL, beside)
         self._sync()
 
@@ -226,16 +226,15 @@ def settle(path: str, sidecar_path: str | None) -> None:
         raise StorageError("cannot heal", errno=error.errno, path=path) from None
 
 
-def _set_aside(path: str) -> bool:
-    """Keep the present file under a second name; say whether there is one."""
+def _set_aside(path: str) -> None:
+    """Keep the present file, if there is one, under a second name."""
     if not os.path.lexists(path):
-        return False
+        return
     try:
         os.link(path, path + FORMER)
     except OSError:
         # No links here (FAT, CIFS, some FUSE), or none to another's file: it moves.
         os.rename(path, path + FORMER)
-    return True
 
 
 def _take_back(path: str) -> None:
