@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from perf.micro import Micro, TimeFunction
 from uringmig.options import PAGE_SIZE, SPAN_BYTES, WriteOptions
 from uringmig.pages.runs import PageRuns, runs_from_bits
-from uringmig.plan import bridge_gaps, gap_pages, plan_runs
 from uringmig.testing.guests import PatternName, nonzero_bits
+from uringmig.transfer.plan import bridge_gaps, gap_pages, plan_runs
 from uringmig.units import format_size
 
 PAGES = 1 << 20

@@ -90,11 +90,12 @@ def _die_at(step: int, since: str | None) -> None:
 def _copy(order: dict[str, Any]) -> None:
     from smallguests import OPTIONS, PWRITE, RING
 
-    from uringmig import WriteOptions, channel
+    from uringmig import WriteOptions
     from uringmig.archive import copyrun
     from uringmig.archive.cold import write_cold
     from uringmig.archive.hot import write_hot
     from uringmig.contents.mappedram import MappedRamContents
+    from uringmig.transfer import channel
 
     # Small guests are copied before there would be a single checkpoint.
     copyrun.CHECKPOINT_BYTES = 1 << 20  # type: ignore[misc]

@@ -14,12 +14,14 @@ from pathlib import Path
 import numpy as np
 from smallguests import OPTIONS, PWRITE, Memories, aligned, ramblocks_of
 
-from uringmig import MappedRamWriter, channel, profile
+from uringmig import MappedRamWriter
 from uringmig.archive import copyrun
 from uringmig.archive.directory import Archive
 from uringmig.batch import pool, worker
+from uringmig.bench import profile
 from uringmig.cli import main
 from uringmig.storage.place import place_of
+from uringmig.transfer import channel
 from uringmig.units import KiB, MiB
 
 COMMAND = [sys.executable, __file__]

@@ -16,24 +16,24 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from uringmig.channel import ChannelFile, Pacer, WindowWork, needs_bounce, run_round
 from uringmig.errors import FormatError, StateError
 from uringmig.format.device_state import DeviceState
 from uringmig.format.headers import Configuration
 from uringmig.format.layout import BlockLayout
 from uringmig.image.parse import ParsedImage, parse_image, read_bitmap
-from uringmig.iobatch import IoPlan
 from uringmig.memory.array import BufferMemory
 from uringmig.memory.source import MemorySink
 from uringmig.options import PAGE_SIZE, ReadOptions
 from uringmig.pages import bitmap
 from uringmig.pages.runs import runs_from_bits
-from uringmig.plan import Window, bridge_gaps, gap_pages, plan_runs, spans_of
 from uringmig.progress import ChannelCounters, Phase, ProgressCallback, Snapshot, take_snapshot
 from uringmig.storage.choice import EngineChoice, choose_engine
 from uringmig.storage.directfile import open_direct
 from uringmig.storage.engine import Operation
 from uringmig.storage.mainfile import open_for_reading
+from uringmig.storage.requests import IoPlan
+from uringmig.transfer.channel import ChannelFile, Pacer, WindowWork, needs_bounce, run_round
+from uringmig.transfer.plan import Window, bridge_gaps, gap_pages, plan_runs, spans_of
 from uringmig.units import is_aligned
 
 

@@ -17,18 +17,17 @@ from typing import Final, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from uringmig.channel import ChannelFile, Pacer, Round, needs_bounce, run_round
 from uringmig.errors import StateError
 from uringmig.format.device_state import DeviceState
 from uringmig.format.headers import Configuration
 from uringmig.format.layout import ImageLayout, plan_layout
 from uringmig.image import manifest
 from uringmig.image.draft import FinishedImage, ImageDraft
+from uringmig.image.savework import SavedBlock, SaveWork, skip_holes
 from uringmig.memory.array import BufferMemory
 from uringmig.memory.source import MemorySource
 from uringmig.options import PAGE_SIZE, WINDOW_BYTES, WriteOptions
 from uringmig.pages import bitmap
-from uringmig.plan import Window, spans_of
 from uringmig.progress import (
     ChannelCounters,
     Phase,
@@ -38,10 +37,11 @@ from uringmig.progress import (
     take_snapshot,
 )
 from uringmig.result import SaveResult, describe_seconds, describe_settings
-from uringmig.scan import SavedBlock, SaveWork, skip_holes
 from uringmig.storage.choice import EngineChoice, choose_engine
 from uringmig.storage.engine import Operation
 from uringmig.storage.target import NamedTarget, PassedTarget, Target
+from uringmig.transfer.channel import ChannelFile, Pacer, Round, needs_bounce, run_round
+from uringmig.transfer.plan import Window, spans_of
 
 #: For memory that is no QEMU machine's; QEMU has a machine type of this name.
 MACHINE_NONE: Final = Configuration("none", ("mapped-ram",))

@@ -21,12 +21,12 @@ from uringmig.archive.damagenotes import STREAM_CHUNK
 from uringmig.archive.directory import Archive
 from uringmig.archive.entry import Entry
 from uringmig.errors import StateError
-from uringmig.iobatch import Completions, IoBatch
 from uringmig.options import EngineName, ReadOptions
 from uringmig.progress import Snapshot
 from uringmig.storage.choice import EngineChoice
 from uringmig.storage.engine import Engine
 from uringmig.storage.pwrite import PwriteEngine
+from uringmig.storage.requests import Completions, IoBatch
 
 #: Three windows of RAM, then one of video memory and one of ROM.
 RAM = 9 * MIB

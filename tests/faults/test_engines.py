@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from uringmig.iobatch import Completions, IoBatch
 from uringmig.storage.bounce import BounceEngine
 from uringmig.storage.engine import Engine, Operation
 from uringmig.storage.inmemory import MemoryEngine
 from uringmig.storage.null import NullEngine
 from uringmig.storage.pwrite import PwriteEngine
+from uringmig.storage.requests import Completions, IoBatch
 from uringmig.storage.ring import RingEngine
 from uringmig.testing.faults import FaultEngine, RecordingEngine, RequestLog
 

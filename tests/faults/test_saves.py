@@ -45,10 +45,10 @@ from uringmig import (
     WriteOptions,
     verify,
 )
-from uringmig.iobatch import Completions, IoBatch
 from uringmig.storage.choice import EngineChoice
 from uringmig.storage.engine import Engine, Operation
 from uringmig.storage.pwrite import PwriteEngine
+from uringmig.storage.requests import Completions, IoBatch
 from uringmig.testing.faults import (
     WHOLE,
     FaultEngine,
@@ -353,7 +353,7 @@ def test_finish_before_the_pages_is_refused(former: Path) -> None:
 def test_file_cut_while_it_is_read_is_a_bad_image(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("uringmig.channel._BACKOFF_SECONDS_MAX", 0.0)
+    monkeypatch.setattr("uringmig.transfer.channel._BACKOFF_SECONDS_MAX", 0.0)
     guest = make_guest()
     with MappedRamWriter(tmp_path / "vm", ramblocks_of(guest), options=OPTIONS) as writer:
         writer.write_all()

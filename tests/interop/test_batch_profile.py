@@ -12,8 +12,8 @@ from batchjobs import job, make_image, run_jobs, write_jobs
 from commandline import uringmig
 from msgspec import structs
 
+from uringmig.bench.profile import Measured, ProfileEntry, ProfileSettings, store_entry
 from uringmig.options import WriteOptions
-from uringmig.profile import Measured, ProfileEntry, ProfileSettings, store_entry
 from uringmig.storage.place import place_of
 from uringmig.units import KiB
 

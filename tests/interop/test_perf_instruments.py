@@ -12,8 +12,8 @@ import pytest
 from perf.host import device_of
 from perf.observe import process_cpu
 from uringmig.errors import HostError
-from uringmig.iobatch import IoBatch
 from uringmig.storage.engine import Operation
+from uringmig.storage.requests import IoBatch
 from uringmig.storage.ring import RingEngine
 from uringmig.units import MiB
 

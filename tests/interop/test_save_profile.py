@@ -10,8 +10,8 @@ import pytest
 from commandline import uringmig
 from realguest import StartMachine, shared_path
 
+from uringmig.bench.profile import Measured, ProfileEntry, ProfileSettings, store_entry
 from uringmig.options import WriteOptions
-from uringmig.profile import Measured, ProfileEntry, ProfileSettings, store_entry
 from uringmig.storage.place import Place, place_of
 from uringmig.testing.machine import Machine
 from uringmig.units import KiB, MiB

@@ -20,9 +20,9 @@ from loopdisk import mounted, needs, run
 from smallguests import left_in
 
 from uringmig.bench.directory import bench_directory
+from uringmig.bench.profile import read_entries, settings_for
 from uringmig.errors import StorageError
 from uringmig.options import WriteOptions
-from uringmig.profile import read_entries, settings_for
 from uringmig.storage.nameless import nameless_file
 from uringmig.storage.place import place_of
 

@@ -6,13 +6,13 @@ import pytest
 from smallguests import MIB, PAGE
 
 from uringmig import HostError, WriteOptions
-from uringmig.channel import ChannelFile
 from uringmig.storage import ring
 from uringmig.storage.buffers import aligned_buffer
 from uringmig.storage.choice import EngineChoice
 from uringmig.storage.directfile import Alignment, DirectFile
 from uringmig.storage.engine import Operation
 from uringmig.storage.ring import RingEngine
+from uringmig.transfer.channel import ChannelFile
 
 
 def channel_file(options: WriteOptions, engine: EngineChoice) -> ChannelFile:

@@ -20,10 +20,10 @@ import pytest
 from smallguests import left_in
 
 from uringmig.errors import HostError
-from uringmig.iobatch import IoBatch
 from uringmig.storage import liburing, ring
 from uringmig.storage.choice import choose_engine
 from uringmig.storage.engine import Operation
+from uringmig.storage.requests import IoBatch
 from uringmig.storage.ring import RingEngine
 
 SECCOMP = str(Path(__file__).parents[1] / "seccomp.py")

@@ -13,8 +13,8 @@ import pytest
 from smallguests import aligned
 
 from uringmig.errors import StorageError
-from uringmig.iobatch import IoBatch
 from uringmig.storage.engine import Operation
+from uringmig.storage.requests import IoBatch
 from uringmig.storage.ring import RingEngine
 
 SECOND = 1_000_000_000

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from strategies import page_bits
 
-from uringmig.iobatch import IoPlan
 from uringmig.options import WriteOptions
 from uringmig.pages.runs import PageRuns, runs_from_bits
-from uringmig.plan import Window, bridge_gaps, gap_pages, plan_runs, span_pages, windows_of
+from uringmig.storage.requests import IoPlan
+from uringmig.transfer.plan import Window, bridge_gaps, gap_pages, plan_runs, span_pages, windows_of
 from uringmig.units import KiB, MiB
 
 PAGE = 4096

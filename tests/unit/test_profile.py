@@ -11,9 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from uringmig.errors import FormatError, StateError, StorageError
-from uringmig.options import PAGE_SIZE, ReadOptions, WriteOptions
-from uringmig.profile import (
+from uringmig.bench.profile import (
     BYTES_MAX,
     Measured,
     ProfileEntry,
@@ -24,6 +22,8 @@ from uringmig.profile import (
     settings_for,
     store_entry,
 )
+from uringmig.errors import FormatError, StateError, StorageError
+from uringmig.options import PAGE_SIZE, ReadOptions, WriteOptions
 from uringmig.storage.place import Place, place_of
 
 SETTINGS = ProfileSettings(

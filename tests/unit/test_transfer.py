@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from uringmig.iobatch import Completions, IoBatch, IoPlan
 from uringmig.storage.engine import Operation
 from uringmig.storage.inmemory import MemoryEngine
+from uringmig.storage.requests import Completions, IoBatch, IoPlan
 from uringmig.testing.faults import WHOLE, FaultEngine, RecordingEngine, RequestLog, random_outcomes
-from uringmig.transfer import RETRIES_MAX, Transfer, TransferFailure
+from uringmig.transfer.slots import RETRIES_MAX, Transfer, TransferFailure
 
 KIB = 1024
 MIB = 1024 * KIB

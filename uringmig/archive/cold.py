@@ -40,7 +40,6 @@ from uringmig.errors import StateError
 from uringmig.image import manifest
 from uringmig.image.digest import DIGEST_BYTES, bytes_digest, window_digest
 from uringmig.image.draft import Durable, make_durable
-from uringmig.iobatch import IoPlan
 from uringmig.options import (
     COLD_LEVEL,
     COLD_LEVEL_MAX,
@@ -51,10 +50,11 @@ from uringmig.options import (
 )
 from uringmig.pages import bitmap
 from uringmig.pages.runs import PageRuns
-from uringmig.plan import Window, plan_runs
 from uringmig.progress import ChannelCounters, ProgressCallback
 from uringmig.storage.buffers import aligned_buffer
 from uringmig.storage.choice import EngineChoice, choose_engine
+from uringmig.storage.requests import IoPlan
+from uringmig.transfer.plan import Window, plan_runs
 from uringmig.units import align_up, div_ceil
 
 __all__ = ["ColdContents", "open_cold", "write_cold"]

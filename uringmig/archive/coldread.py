@@ -21,7 +21,6 @@ from uringmig.archive.coldformat import (
     read_header,
     read_index,
 )
-from uringmig.channel import ChannelFile
 from uringmig.contents.comparing import compare_window
 from uringmig.contents.source import ContentsBlock, Row, WindowRead, row_of, window_of
 from uringmig.contents.sourcefile import FileVersion
@@ -30,17 +29,18 @@ from uringmig.errors import FormatError, MismatchError
 from uringmig.format.device_state import DeviceState
 from uringmig.format.headers import Configuration
 from uringmig.image import digest
-from uringmig.iobatch import IoPlan
 from uringmig.options import PAGE_SIZE, WINDOW_BYTES, ReadOptions
 from uringmig.pages import bitmap
 from uringmig.pages.runs import PageRuns
-from uringmig.plan import Window, plan_runs
 from uringmig.reader import zero_clear_pages
 from uringmig.storage.buffers import aligned_buffer
 from uringmig.storage.choice import choose_engine
 from uringmig.storage.directfile import open_direct
 from uringmig.storage.engine import Operation
 from uringmig.storage.mainfile import MainFile, open_for_reading
+from uringmig.storage.requests import IoPlan
+from uringmig.transfer.channel import ChannelFile
+from uringmig.transfer.plan import Window, plan_runs
 from uringmig.units import div_ceil
 
 

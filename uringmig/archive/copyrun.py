@@ -16,7 +16,6 @@ from uringmig.archive.copyjournal import Chunk
 from uringmig.archive.intake import Intake
 from uringmig.archive.partialcopy import PartialCopy
 from uringmig.archive.tier import CopiedGuest, TierResult
-from uringmig.channel import ChannelFile, WindowWork, run_round
 from uringmig.contents.source import Row, window_of
 from uringmig.image.draft import Durable
 from uringmig.image.manifest import ArchiveFields, ArchiveManifest, Settings
@@ -25,6 +24,7 @@ from uringmig.progress import ChannelCounters, Phase, ProgressCallback, account,
 from uringmig.result import describe_seconds, describe_settings
 from uringmig.storage.choice import EngineChoice
 from uringmig.storage.engine import Operation
+from uringmig.transfer.channel import ChannelFile, WindowWork, run_round
 from uringmig.units import MiB
 
 #: What is copied twice after a kill is about this much; a checkpoint costs two flushes of the disk.

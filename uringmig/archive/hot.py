@@ -25,14 +25,14 @@ from uringmig.format.layout import ImageLayout, plan_layout
 from uringmig.image import digest
 from uringmig.image.draft import ImageDraft
 from uringmig.image.window import settle_window
-from uringmig.iobatch import IoPlan
 from uringmig.options import PAGE_SIZE, WINDOW_BYTES, WriteOptions
 from uringmig.pages import bitmap
 from uringmig.pages.runs import runs_from_bits
-from uringmig.plan import Window, plan_runs
 from uringmig.progress import ChannelCounters, ProgressCallback
 from uringmig.storage.buffers import aligned_buffer
 from uringmig.storage.choice import EngineChoice, choose_engine
+from uringmig.storage.requests import IoPlan
+from uringmig.transfer.plan import Window, plan_runs
 
 
 def write_hot(

@@ -20,10 +20,10 @@ from uringmig.archive.tier import LIVE_KINDS
 from uringmig.contents.source import Contents, Row, WindowRead
 from uringmig.errors import StateError
 from uringmig.image import digest
-from uringmig.iobatch import IoPlan
 from uringmig.memory.source import Extents
 from uringmig.options import PAGE_SIZE
 from uringmig.pages.zero import nonzero_pages
+from uringmig.storage.requests import IoPlan
 
 _EMPTY: Final = np.empty(0, np.int64)
 #: The plan of a window with nothing to write.

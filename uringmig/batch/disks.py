@@ -19,12 +19,12 @@ import numpy as np
 
 from uringmig.batch.messages import Disk, MeasuredDepth
 from uringmig.errors import StorageError
-from uringmig.iobatch import IoBatch
 from uringmig.storage.buffers import aligned_buffer
 from uringmig.storage.choice import choose_engine
 from uringmig.storage.directfile import open_direct
 from uringmig.storage.engine import Operation
 from uringmig.storage.nameless import nameless_file, path_of
+from uringmig.storage.requests import IoBatch
 from uringmig.units import MiB
 
 _DEVICES: Final = Path("/sys/dev/block")

@@ -7,8 +7,8 @@ from pathlib import Path
 import msgspec
 
 from uringmig.batch.job import Job, JobFile
+from uringmig.bench.profile import ProfileSettings, settings_for
 from uringmig.options import DirectMode, EngineName
-from uringmig.profile import ProfileSettings, settings_for
 
 
 def tune(job_file: JobFile, profiles: Path) -> tuple[JobFile, list[str]]:

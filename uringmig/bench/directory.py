@@ -14,11 +14,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final
 
+from uringmig.bench.profile import ProfileSettings
 from uringmig.bench.race import Race, Rate
 from uringmig.bench.trial import MEMORY_BYTES, Preparation, Trial, TrialOutcome, Workbench
 from uringmig.errors import StateError, StorageError
 from uringmig.options import PAGE_SIZE, WINDOW_BYTES, DirectMode, EngineName, WriteOptions
-from uringmig.profile import ProfileSettings
 from uringmig.storage.choice import choose_engine
 from uringmig.storage.place import Place, place_of
 from uringmig.units import KiB, MiB, align_down, format_size

@@ -17,20 +17,20 @@ from typing import Final, Literal
 import numpy as np
 
 from uringmig import signals
-from uringmig.channel import ChannelFile, run_round
 from uringmig.errors import StorageError
 from uringmig.format.layout import ImageLayout, plan_layout
+from uringmig.image.savework import SavedBlock, SaveWork
 from uringmig.memory.array import BufferMemory
 from uringmig.options import PAGE_SIZE, WriteOptions
-from uringmig.plan import spans_of
 from uringmig.progress import ChannelCounters
-from uringmig.scan import SavedBlock, SaveWork
 from uringmig.storage.buffers import aligned_buffer
 from uringmig.storage.choice import EngineChoice
 from uringmig.storage.directfile import DirectFile, open_direct
 from uringmig.storage.engine import Operation
 from uringmig.storage.mainfile import MainFile
 from uringmig.storage.nameless import nameless_file, path_of
+from uringmig.transfer.channel import ChannelFile, run_round
+from uringmig.transfer.plan import spans_of
 from uringmig.units import MiB, div_ceil
 from uringmig.writer import MACHINE_NONE
 

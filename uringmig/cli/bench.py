@@ -9,6 +9,7 @@ from typing import Final
 import click
 
 from uringmig.bench.directory import BenchReport, Setting, bench_directory
+from uringmig.bench.profile import Measured, ProfileEntry, check_writable, default_file, store_entry
 from uringmig.bench.race import Rate
 from uringmig.cli import parameters
 from uringmig.cli.command import command
@@ -16,7 +17,6 @@ from uringmig.cli.output import Output
 from uringmig.cli.session import Session
 from uringmig.errors import StateError, StorageError, UringmigError
 from uringmig.options import PAGE_SIZE, DirectMode, EngineName
-from uringmig.profile import Measured, ProfileEntry, check_writable, default_file, store_entry
 from uringmig.units import MiB, format_size
 
 _NOT_KEPT: Final = "the profile is not kept"

@@ -7,10 +7,10 @@ from typing import Final, TypeVar
 
 import click
 
+from uringmig.bench.profile import default_file, settings_for
 from uringmig.cli.output import Output
 from uringmig.errors import StorageError
 from uringmig.options import TransferOptions
-from uringmig.profile import default_file, settings_for
 
 Options = TypeVar("Options", bound=TransferOptions)
 

@@ -22,12 +22,12 @@ from uringmig.format.constants import CAPABILITY_MAPPED_RAM
 from uringmig.format.device_state import DeviceState
 from uringmig.format.headers import Configuration
 from uringmig.image.digest import window_digest
-from uringmig.iobatch import IoPlan
 from uringmig.options import PAGE_SIZE, WINDOW_BYTES, ReadOptions
 from uringmig.pages import bitmap
-from uringmig.plan import Window
 from uringmig.reader import MappedRamReader, plan_reads, zero_clear_pages
 from uringmig.storage.choice import EngineChoice
+from uringmig.storage.requests import IoPlan
+from uringmig.transfer.plan import Window
 
 
 class MappedRamContents:

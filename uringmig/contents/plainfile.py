@@ -17,7 +17,6 @@ from typing import Final, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from uringmig.channel import ChannelFile
 from uringmig.contents.plainlook import begin_reading, stream_fingerprint
 from uringmig.contents.source import ContentsBlock, Row, WindowRead, row_of, window_of
 from uringmig.contents.sourcefile import FileVersion
@@ -35,14 +34,15 @@ from uringmig.format.headers import Configuration
 from uringmig.format.mainstream import MainStreamReader
 from uringmig.format.plainrecords import ABSENT, PageIndex
 from uringmig.format.plainstate import PlainState
-from uringmig.iobatch import IoPlan
 from uringmig.options import PAGE_SIZE, WINDOW_BYTES, ReadOptions
 from uringmig.pages.runs import PageRuns
-from uringmig.plan import Window, plan_runs, windows_of
 from uringmig.storage.choice import EngineChoice, choose_engine
 from uringmig.storage.directfile import open_direct
 from uringmig.storage.engine import Operation
 from uringmig.storage.mainfile import open_for_reading
+from uringmig.storage.requests import IoPlan
+from uringmig.transfer.channel import ChannelFile
+from uringmig.transfer.plan import Window, plan_runs, windows_of
 from uringmig.units import GiB, align_down
 
 _WINDOW_PAGES: Final = WINDOW_BYTES // PAGE_SIZE

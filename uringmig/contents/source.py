@@ -24,7 +24,7 @@ from uringmig.format.device_state import DeviceState
 from uringmig.format.headers import Configuration
 from uringmig.memory.source import Extents
 from uringmig.options import PAGE_SIZE, WINDOW_BYTES
-from uringmig.plan import Window
+from uringmig.transfer.plan import Window
 from uringmig.units import div_ceil
 
 #: Block index and row: names one window of a guest's memory.

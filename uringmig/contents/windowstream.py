@@ -18,15 +18,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uringmig import signals
-from uringmig.channel import ChannelFile, run_round
 from uringmig.contents.source import Row, WindowRead, row_of
-from uringmig.iobatch import IoPlan
 from uringmig.memory.source import Extents
 from uringmig.options import PAGE_SIZE, WINDOW_BYTES
 from uringmig.pages.runs import runs_from_bits
-from uringmig.plan import Window
 from uringmig.progress import ChannelCounters
 from uringmig.storage.buffers import aligned_buffer
+from uringmig.storage.requests import IoPlan
+from uringmig.transfer.channel import ChannelFile, run_round
+from uringmig.transfer.plan import Window
 
 #: Buffers of a channel beside those that requests fill.
 _SPARE_BUFFERS: Final = 2

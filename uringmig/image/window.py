@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uringmig.pages.runs import PageRuns, runs_from_bits
-from uringmig.plan import bridge_gaps, gap_pages
+from uringmig.transfer.plan import bridge_gaps, gap_pages
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,9 @@ import ctypes
 
 import numpy as np
 
-from uringmig.iobatch import Completions, IoBatch
 from uringmig.storage.buffers import aligned_buffer
 from uringmig.storage.engine import Engine, Operation
+from uringmig.storage.requests import Completions, IoBatch
 
 
 class BounceEngine:

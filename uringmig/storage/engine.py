@@ -19,7 +19,7 @@ from collections.abc import Callable
 from enum import Enum
 from typing import Protocol
 
-from uringmig.iobatch import Completions, IoBatch
+from uringmig.storage.requests import Completions, IoBatch
 
 
 class Operation(Enum):

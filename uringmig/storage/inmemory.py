@@ -8,9 +8,9 @@ import errno
 import numpy as np
 from numpy.typing import NDArray
 
-from uringmig.iobatch import Completions
 from uringmig.storage.engine import Operation
 from uringmig.storage.queued import Queued
+from uringmig.storage.requests import Completions
 
 
 class MemoryEngine(Queued):

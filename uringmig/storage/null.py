@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from uringmig.iobatch import Completions, IoBatch
 from uringmig.storage.engine import Operation
 from uringmig.storage.queued import Queued
+from uringmig.storage.requests import Completions, IoBatch
 
 
 class NullEngine(Queued):

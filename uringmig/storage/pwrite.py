@@ -11,9 +11,9 @@ import os
 
 import numpy as np
 
-from uringmig.iobatch import Completions
 from uringmig.storage.engine import Operation
 from uringmig.storage.queued import Queued
+from uringmig.storage.requests import Completions
 
 
 class PwriteEngine(Queued):

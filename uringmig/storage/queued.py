@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from uringmig.iobatch import IoBatch
+from uringmig.storage.requests import IoBatch
 
 _EMPTY = np.empty(0, np.int64)
 

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uringmig.errors import HostError, StorageError
-from uringmig.iobatch import Completions, IoBatch
 from uringmig.storage import liburing
 from uringmig.storage.engine import Operation
+from uringmig.storage.requests import Completions, IoBatch
 
 SQE_DTYPE: Final = cast("np.dtype[np.void]", np.dtype(liburing.SubmissionEntry))
 CQE_DTYPE: Final = cast("np.dtype[np.void]", np.dtype(liburing.CompletionEntry))

@@ -15,8 +15,8 @@ from typing import Final
 
 import numpy as np
 
-from uringmig.iobatch import Completions, IoBatch
 from uringmig.storage.engine import Engine, EngineFactory, Operation
+from uringmig.storage.requests import Completions, IoBatch
 
 #: An outcome: the request is left alone.
 WHOLE: Final = 1 << 62

@@ -12,9 +12,9 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from uringmig.iobatch import IoPlan
 from uringmig.options import PAGE_SIZE, SPAN_BYTES, WINDOW_BYTES, TransferOptions
 from uringmig.pages.runs import PageRuns, bits_from_runs, runs_from_bits
+from uringmig.storage.requests import IoPlan
 from uringmig.units import align_down, div_ceil
 
 #: Turns a channel should have at least.

@@ -14,7 +14,7 @@ from typing import Final
 
 import numpy as np
 
-from uringmig.iobatch import Completions, IoBatch, IoPlan
+from uringmig.storage.requests import Completions, IoBatch, IoPlan
 from uringmig.units import align_down
 
 #: Attempts in a row without a byte moved before EAGAIN, EINTR or an empty write is given up. The

@@ -20,15 +20,15 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol, Self
 
 from uringmig.errors import FormatError, LimitError, StorageError
-from uringmig.iobatch import IoPlan
 from uringmig.options import TransferOptions
-from uringmig.plan import Window
 from uringmig.progress import ChannelCounters
 from uringmig.storage.bounce import BounceEngine
 from uringmig.storage.choice import EngineChoice
 from uringmig.storage.directfile import DirectFile
 from uringmig.storage.engine import Engine, Operation
-from uringmig.transfer import Transfer
+from uringmig.storage.requests import IoPlan
+from uringmig.transfer.plan import Window
+from uringmig.transfer.slots import Transfer
 from uringmig.units import MiB
 
 #: Requests of less than a block may be more than ``depth``, within the same bytes: 4-KiB writes

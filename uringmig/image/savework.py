@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from uringmig.format.layout import BlockLayout
 from uringmig.image import digest
 from uringmig.image.window import Rewritten, settle_window
-from uringmig.iobatch import IoPlan
 from uringmig.memory.source import Extents, MemorySource
 from uringmig.options import PAGE_SIZE, WINDOW_BYTES, WriteOptions
 from uringmig.pages import bitmap
 from uringmig.pages.zero import nonzero_pages
-from uringmig.plan import Window, plan_runs
 from uringmig.progress import ChannelCounters
+from uringmig.storage.requests import IoPlan
+from uringmig.transfer.plan import Window, plan_runs
 from uringmig.units import div_ceil
 
 
