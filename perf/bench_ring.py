@@ -16,10 +16,10 @@ from uringmig.options import PAGE_SIZE
 from uringmig.storage.buffers import aligned_buffer
 from uringmig.storage.choice import describe_liburing
 from uringmig.storage.engine import Engine, EngineFactory, Operation
-from uringmig.storage.null import NullEngine
 from uringmig.storage.pwrite import PwriteEngine
 from uringmig.storage.requests import IoBatch
 from uringmig.storage.ring import RingEngine
+from uringmig.testing.engines import NullEngine
 
 BATCHES = (1, 32, 128)
 #: Batches in one loop, so that a loop is long against the clock.

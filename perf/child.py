@@ -25,8 +25,7 @@ from uringmig.qemu.monitor import Monitor
 from uringmig.qemu.sharedram import save_shared
 from uringmig.result import SaveResult
 from uringmig.storage.choice import EngineChoice
-from uringmig.storage.inmemory import MemoryEngine
-from uringmig.storage.null import NullEngine
+from uringmig.testing.engines import MemoryEngine, NullEngine
 from uringmig.units import MiB
 
 #: Beside the guest's memory: header, bitmaps and trailer of an image in an array.

@@ -14,11 +14,10 @@ from numpy.typing import NDArray
 
 from uringmig.storage.bounce import BounceEngine
 from uringmig.storage.engine import Engine, Operation
-from uringmig.storage.inmemory import MemoryEngine
-from uringmig.storage.null import NullEngine
 from uringmig.storage.pwrite import PwriteEngine
 from uringmig.storage.requests import Completions, IoBatch
 from uringmig.storage.ring import RingEngine
+from uringmig.testing.engines import MemoryEngine, NullEngine
 from uringmig.testing.faults import FaultEngine, RecordingEngine, RequestLog
 
 SIZE = 1 << 20

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from uringmig.storage.engine import Operation
-from uringmig.storage.inmemory import MemoryEngine
 from uringmig.storage.requests import Completions, IoBatch, IoPlan
+from uringmig.testing.engines import MemoryEngine
 from uringmig.testing.faults import WHOLE, FaultEngine, RecordingEngine, RequestLog, random_outcomes
 from uringmig.transfer.slots import RETRIES_MAX, Transfer, TransferFailure
 

@@ -2,6 +2,9 @@
 
 QEMU's multifd channel does one synchronous ``pwritev`` at a time (migration/multifd-nocomp.c,
 file_write_ramblock_iov in migration/file.c); so does this. More in flight needs more channels.
+
+Nothing asynchronous lies below such an engine, and ``submit`` may not block: `Queued` keeps what
+was submitted, in order, until ``reap`` does it.
 """
 
 from __future__ import annotations
@@ -12,8 +15,45 @@ import os
 import numpy as np
 
 from uringmig.storage.engine import Operation
-from uringmig.storage.queued import Queued
-from uringmig.storage.requests import Completions
+from uringmig.storage.requests import Completions, IoBatch
+
+_EMPTY = np.empty(0, np.int64)
+
+
+class Queued:
+    """What synchronous engines stand on: a queue, in order, of at most ``depth`` requests."""
+
+    def __init__(self, depth: int) -> None:
+        self.depth = depth
+        self._batch = IoBatch(_EMPTY, _EMPTY, _EMPTY, _EMPTY)
+
+    def submit(self, batch: IoBatch) -> None:
+        """Append the requests of ``batch``."""
+        old = self._batch
+        self._batch = IoBatch(
+            address=np.concatenate((old.address, batch.address)),
+            length=np.concatenate((old.length, batch.length)),
+            file_offset=np.concatenate((old.file_offset, batch.file_offset)),
+            token=np.concatenate((old.token, batch.token)),
+        )
+        assert len(self._batch) <= self.depth, "more requests in flight than the depth"
+
+    def take(self, count: int) -> IoBatch:
+        """Remove and return the oldest ``count`` requests, or all if there are fewer."""
+        old = self._batch
+        self._batch = IoBatch(
+            old.address[count:], old.length[count:], old.file_offset[count:], old.token[count:]
+        )
+        return IoBatch(
+            old.address[:count], old.length[:count], old.file_offset[:count], old.token[:count]
+        )
+
+    def take_all(self) -> IoBatch:
+        """Remove and return everything queued."""
+        return self.take(len(self._batch))
+
+    def close(self) -> None:
+        """Nothing is held."""
 
 
 class PwriteEngine(Queued):

@@ -1,4 +1,4 @@
-"""The engine whose file is an array: real bytes, no disk, for tests and for timing."""
+"""Engines without a disk, for tests and for timing what lies above: one forgets, one copies."""
 
 from __future__ import annotations
 
@@ -9,8 +9,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uringmig.storage.engine import Operation
-from uringmig.storage.queued import Queued
-from uringmig.storage.requests import Completions
+from uringmig.storage.pwrite import Queued
+from uringmig.storage.requests import Completions, IoBatch
+
+
+class NullEngine(Queued):
+    """Completes every request whole without moving a byte."""
+
+    def __init__(self, fd: int, operation: Operation, depth: int) -> None:
+        super().__init__(depth)
+
+    def reap(self, *, wait_count: int, timeout_ns: int) -> Completions:
+        """Return all that was submitted."""
+        batch: IoBatch = self.take_all()
+        return Completions(token=batch.token, result=batch.length)
 
 
 class MemoryEngine(Queued):
