@@ -392,3 +392,29 @@ def test_measured_where_the_job_file_says_nothing(tmp_path: Path) -> None:
     depths = summary_of(ended)["disk_depths"]
     assert depths
     assert all(4 <= depth <= 64 for depth in depths.values())
+
+
+def test_a_disk_that_cannot_be_measured_is_said_once(tmp_path: Path) -> None:
+    """By whoever reads lines, JSON or the report: how much is asked of it was not found out."""
+    make_image(tmp_path / "vm.mig", size=MiB)
+    with mounted("ext4", tmp_path, size=16 * MiB) as disk:
+        jobs = [job(name, "image = 'vm.mig'", archive=str(disk / "a")) for name in "ab"]
+        path = write_jobs(tmp_path, *jobs, head="")
+        ended = run_jobs(path, "--report", tmp_path)
+        people = uringmig("archive", "run", path)
+    assert (ended.code, people.code) == (0, 0)
+    [note] = [one for one in summary_of(ended)["notes"] if "could not be measured" in one]
+    assert "ENOSPC" in note
+    assert "32 requests" in note
+    assert people.err.count("could not be measured") == 1
+    assert (next(tmp_path.glob("*.md"))).read_text().count("could not be measured") == 1
+
+
+def test_a_stated_depth_holds_for_a_job_whose_source_nobody_could_look_at(tmp_path: Path) -> None:
+    """A guest that is taken when the plan is made may be there when its job begins."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "qmp"))  # and nobody listens: that may pass
+        path = write_jobs(tmp_path, job("vm", "qmp = 'qmp'"), head='[devices."."]\ndepth = 3\n')
+        ended = run_jobs(path)
+    assert job_ends(ended)["vm"]["attempts"] >= 1
+    assert list(summary_of(ended)["disk_depths"].values()) == [3]

@@ -72,6 +72,13 @@ def test_a_disk_that_is_too_small_to_measure_says_so(tmp_path: Path) -> None:
         assert not list(folder.glob(".depth*"))
 
 
+def test_a_file_that_is_too_short_to_measure_says_so(tmp_path: Path) -> None:
+    """Nothing was moved at any depth, and the least is no answer."""
+    (tmp_path / "image").write_bytes(bytes(MiB - 1))
+    with pytest.raises(StorageError, match="too short"):
+        measure_depth(str(tmp_path / "image"), depth_max=16)
+
+
 def test_use_of_a_disk(tmp_path: Path) -> None:
     (disk,) = disks_of(tmp_path)
     use = DiskUse()

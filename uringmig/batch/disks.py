@@ -68,7 +68,7 @@ def measure_depth(path: str, *, depth_max: int) -> MeasuredDepth:
         depth_max: no deeper than this.
 
     Raises:
-        StorageError: the disk cannot be read or written.
+        StorageError: the disk cannot be read or written, or the file is too short to tell.
     """
     with _measurable(path) as (name, operation):
         file = open_direct(name, operation, "preferred")
@@ -83,6 +83,8 @@ def measure_depth(path: str, *, depth_max: int) -> MeasuredDepth:
         finally:
             os.close(file.fd)
     best = max(rates.values())
+    if best == 0:
+        raise StorageError(f"shorter than {_REQUEST_BYTES} bytes, too short to measure", path=path)
     depth = next(depth for depth, rate in rates.items() if rate >= _GOOD_SHARE * best)
     return MeasuredDepth(depth=depth, rate=best)
 

@@ -227,22 +227,29 @@ class Run:
         orders: dict[str, tuple[Order, str | None]] = {}
         allowances: dict[str, Allowance] = {}
         for state in self._states:
-            if state.estimate is None or state.final:
+            if state.final:
                 continue
-            for disk in (*state.estimate.archive_disks, *state.estimate.source_disks):
+            estimate = state.estimate or _unseen(state.job)
+            for disk in (*estimate.archive_disks, *estimate.source_disks):
                 limit = limits.get(disk.name)
                 rate = 0 if limit is None else limit.rate
                 if limit is not None and limit.depth is not None:
                     allowances[disk.key] = Allowance(limit.depth, rate, stated=True)
                 elif disk.key not in allowances:
                     allowances[disk.key] = Allowance(min(DEPTH_OTHERWISE, disk.requests_max), rate)
-                    orders[f"disk {disk.key}"] = (_measuring(state, disk), state.job.host)
+                    order = _measuring(state.job, disk, estimate)
+                    orders[order.key] = (order, state.job.host)
         outcomes = self._errands(list(orders.values()), dict.fromkeys(orders, _MEASURE_SECONDS))
         for key, outcome in outcomes.items():
+            disk_key = key.removeprefix("disk ")
+            before = allowances[disk_key]
             if isinstance(outcome.result, MeasuredDepth):
-                disk_key = key.removeprefix("disk ")
-                rate = allowances[disk_key].rate
-                allowances[disk_key] = Allowance(outcome.result.depth, rate)
+                allowances[disk_key] = Allowance(outcome.result.depth, before.rate)
+            elif self._stopped_by is None:
+                self._ledger.notes.append(
+                    f"{key} could not be measured: {before.depth} requests at a time are assumed "
+                    f"to suit it ({outcome.error})"
+                )
         self._admission = Admission(allowances)
 
     def _heed_signal(self) -> None:
@@ -479,14 +486,14 @@ def _unseen(job: Job) -> Estimate:
     )
 
 
-def _measuring(state: JobState, disk: Disk) -> Measure:
+def _measuring(job: Job, disk: Disk, estimate: Estimate) -> Measure:
     """How a disk of a job is measured: by writing in the archive, or else by reading the source."""
-    assert state.estimate is not None, "a disk is known by the estimate that names it"
-    source = state.job.source
-    by_reading = disk not in state.estimate.archive_disks and isinstance(source, ImageSource)
+    path = job.archive
+    if disk not in estimate.archive_disks and isinstance(job.source, ImageSource):
+        path = job.source.image
     return Measure(
         key=f"disk {disk.key}",
-        path=source.image if by_reading and isinstance(source, ImageSource) else state.job.archive,
-        host=state.job.host,
+        path=path,
+        host=job.host,
         depth_max=disk.requests_max,
     )
