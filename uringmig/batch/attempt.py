@@ -219,10 +219,11 @@ def _archived(
     fields = written.manifest.archive
     assert fields, "a tier's manifest is that of an entry"
     verified, warnings = False, list(warnings or ())
+    read_back: tuple[str, ...] = ()
     if order.job.verify:
         try:
             with after_commit():
-                _read_back(order, tell)
+                read_back = _read_back(order, tell)
             verified = True
         except Interrupted as interrupted:
             # The entry has its name: it stays, and the job is done but for this.
@@ -242,13 +243,16 @@ def _archived(
         seconds=written.seconds,
         stopped_seconds=stopped_seconds,
         verified=verified,
-        notes=(*contents.notes, *written.notes),
+        notes=tuple(dict.fromkeys((*contents.notes, *written.notes, *read_back))),
         warnings=(*written.warnings, *warnings),
     )
 
 
-def _read_back(order: Attempt, tell: ProgressCallback) -> None:
+def _read_back(order: Attempt, tell: ProgressCallback) -> tuple[str, ...]:
     """Read a new entry from the disk and compare; one that differs is removed.
+
+    Returns:
+        What the operator should know of how it was read.
 
     Raises:
         MismatchError: the first difference, with its place.
@@ -261,10 +265,11 @@ def _read_back(order: Attempt, tell: ProgressCallback) -> None:
                 # Every frame and window is compared with its digest as it is read.
                 for _ in contents.windows(all_rows(contents.blocks)):
                     pass
-        else:
-            report = verify(image, options=options, progress=tell)
-            if report.mismatches:
-                raise report.mismatches[0]
+                return tuple(contents.notes)
+        report = verify(image, options=options, progress=tell)
+        if report.mismatches:
+            raise report.mismatches[0]
+        return report.notes
     except BytesError as error:
         remove_files([image])
         error.add_note("the entry differed when it was read back, and was removed")

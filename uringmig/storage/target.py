@@ -74,7 +74,8 @@ class NamedTarget:
             self.kept = keep is not None and keep(self.main)
             if not self.kept:
                 self.main.set_size(0)
-            self.direct = open_direct(self.partial_path, Operation.WRITE, mode)
+            # By its final name, so that whoever reads it back says the same.
+            self.direct = open_direct(self.partial_path, Operation.WRITE, mode, shown=self.path)
             if self.kept:
                 self.main.write_at(0, bytes(PAGE_SIZE))
             else:
