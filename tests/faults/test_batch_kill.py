@@ -28,6 +28,7 @@ from batchjobs import (
     write_jobs,
 )
 from commandline import finish
+from loopdisk import mounted
 
 from uringmig.units import MiB
 
@@ -129,6 +130,35 @@ def test_what_was_done_is_skipped_and_a_copy_goes_on(
     assert ends["a"]["attempts"] == 0
     assert ends["d"]["archived"]["resumed_bytes"] >= 256 * MiB
     assert len(check_archive(tmp_path / "archive")) == 2
+
+
+def test_a_plan_that_does_not_fit_now_forgets_nothing(tmp_path: Path, sources: Path) -> None:
+    """What an interrupted run has finished stays finished for the run after the refused one."""
+    make_image(tmp_path / "d.mig", size=24 * MiB, pattern="dense")
+    with mounted("ext4", tmp_path, size=64 * MiB) as disk:
+        archive = disk / "archive"
+        path = write_jobs(
+            tmp_path,
+            job("a", f"image = '{sources}/a.mig'", archive=str(archive)),
+            job("d", "image = 'd.mig'", archive=str(archive), rate="2M"),
+        )
+        process = start_jobs(path)
+        first_event(process, "job", job="a", stage="done")
+        kill(process)
+        taken = disk / "taken"
+        with taken.open("wb") as file, contextlib.suppress(OSError):
+            while file.write(bytes(MiB)):
+                file.flush()
+        refused = run_jobs(path)
+        assert refused.code == 5
+        assert "the plan needs" in refused.err
+        taken.unlink()
+        ended = run_jobs(path)
+        assert ended.code == 0
+        assert summary_of(ended)["resumed"]
+        ends = job_ends(ended)
+        assert (ends["a"]["stage"], ends["d"]["stage"]) == ("skipped", "done")
+        assert len(check_archive(archive)) == 2
 
 
 def test_begun_anew_when_the_run_is_old_or_the_job_file_another(

@@ -180,8 +180,9 @@ def _executed(output: Output, ledger: Ledger, run: Run, notifier: Notifier) -> S
         plan = run.plan()
         plan.check()
     except StorageError:
-        # Nothing was begun that a later run could go on with.
-        ledger.end()
+        # Of this run nothing was begun; what an interrupted one has done a later one goes on with.
+        if not ledger.resumed:
+            ledger.end()
         raise
     for warning in plan.warnings:
         output.note(warning)
