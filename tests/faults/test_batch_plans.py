@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
 from batchjobs import job, job_ends, make_image, run_jobs, write_jobs
-from commandline import uringmig
+from commandline import PROGRAM, uringmig
+from loopdisk import mounted, needs, run
 from smallguests import left_in
+
+from uringmig.units import MiB
+
+#: Who may read everything, this program too, and write nothing that is not his.
+AS_READER = (
+    "setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups",
+    "--securebits", "+no_setuid_fixup",
+    "--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -96,3 +107,49 @@ def test_an_empty_folder_is_as_good_as_none_to_both(tmp_path: Path) -> None:
     assert uringmig("archive", "run", path, "--dry-run").code == 0
     assert left_in(tmp_path / "archive") == []
     assert uringmig("archive", "run", path).code == 0
+
+
+@pytest.mark.parametrize("there", ["an archive", "an empty folder", "nothing"])
+@pytest.mark.usefixtures("image")
+def test_a_read_only_disk_is_refused_by_both(tmp_path: Path, there: str) -> None:
+    with mounted("ext4", tmp_path, size=64 * MiB) as disk:
+        path = write_jobs(tmp_path, job("a", "image = 'vm.mig'", archive=str(disk / "archive")))
+        if there == "an archive":
+            assert uringmig("archive", "run", path).code == 0
+        elif there == "an empty folder":
+            (disk / "archive").mkdir()
+        run("mount", "-o", "remount,ro", str(disk))
+        refused_alike(path, "EROFS")
+
+
+@pytest.mark.parametrize("there", ["an archive", "an empty folder", "nothing"])
+@pytest.mark.usefixtures("image")
+def test_a_folder_of_somebody_else_is_refused_by_both(tmp_path: Path, there: str) -> None:
+    """Who makes the run may read it, and not write."""
+    needs("setpriv")
+    path = write_jobs(tmp_path, job("a", "image = 'vm.mig'"))
+    if there == "an archive":
+        assert uringmig("archive", "run", path).code == 0
+    elif there == "an empty folder":
+        (tmp_path / "archive").mkdir()
+    refused_alike(path, "EACCES", *AS_READER)
+
+
+def refused_alike(path: Path, why: str, *prefix: str) -> None:
+    """Dry run and run end with the same line and code, and change nothing."""
+    before = left_in(path.parent)
+    ends = [
+        subprocess.run(
+            [*prefix, *PROGRAM, "archive", "run", str(path), *options],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        for options in (["--dry-run"], [])
+    ]
+    planned, ended = ends
+    assert (planned.returncode, ended.returncode) == (5, 5)
+    assert planned.stderr == ended.stderr
+    assert why in planned.stderr
+    assert planned.stderr.count("\n") == 1
+    assert left_in(path.parent) == before

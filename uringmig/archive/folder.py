@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
@@ -43,18 +44,42 @@ def make_folder(folder: Path) -> None:
 def has_archive(folder: Path) -> bool:
     """Say whether there is an archive, or only a place where `make_folder` can make one.
 
+    Nothing is changed; what a writer would be refused is refused as it would be.
+
     Raises:
         StateError: what is there is no archive, and none can be made of it.
-        StorageError: it cannot be made there, or not be looked at.
+        StorageError: it cannot be made there, or not be looked at, or not be written.
     """
     if not os.path.lexists(folder):
         try:
             os.listdir(folder.parent)  # noqa: PTH208 - to be told why not
         except OSError as error:
             raise StorageError("cannot make the archive", errno=error.errno, path=folder) from None
+        _check_writable(folder.parent, "cannot make the archive", folder)
         return False
     check_folder(folder, empty=True)
+    path = folder / _LOCK
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW))
+    except FileNotFoundError:
+        _check_writable(folder, "cannot lock the archive", path)
+    except OSError as error:
+        raise StorageError("cannot lock the archive", errno=error.errno, path=path) from None
+    else:
+        _check_writable(folder, "cannot write to the archive", folder)
     return bool(file_names(folder) - _EMPTY)
+
+
+def _check_writable(folder: Path, what: str, path: Path) -> None:
+    """Refuse a folder in which this process can make no file; which is not tried.
+
+    Raises:
+        StorageError: says ``what``, of ``path``.
+    """
+    if not os.access(folder, os.W_OK | os.X_OK):
+        read_only = os.statvfs(folder).f_flag & os.ST_RDONLY
+        number = errno.EROFS if read_only else errno.EACCES
+        raise StorageError(what, errno=number, path=path)
 
 
 def check_folder(folder: Path, *, empty: bool = False) -> None:
