@@ -98,6 +98,11 @@ def execute(folder: Path, *statements: str) -> None:
             connection.execute(statement)
 
 
+def record_with(field: str, value: str) -> str:
+    """A statement that puts an SQL value into the record of e0."""
+    return f"UPDATE entries SET record = json_set(record, '$.{field}', {value}) WHERE name = 'e0'"
+
+
 @pytest.mark.parametrize(
     "statements",
     [
@@ -107,16 +112,23 @@ def execute(folder: Path, *statements: str) -> None:
         ["CREATE TRIGGER t AFTER INSERT ON entries BEGIN DELETE FROM entries; END"],
         ["CREATE TABLE more (x)"],
         ["ALTER TABLE entries ADD COLUMN more TEXT"],
-        ["PRAGMA user_version = 3"],
+        ["PRAGMA user_version = 4"],
         ["PRAGMA application_id = 7"],
         ["UPDATE entries SET name = '../../etc/passwd' WHERE name = 'e0'"],
-        ["UPDATE entries SET tier = 'warm' WHERE name = 'e0'"],
-        ["UPDATE entries SET created = 'soon' WHERE name = 'e0'"],
-        ["UPDATE entries SET created = '2026-01-01' WHERE name = 'e0'"],
-        ["UPDATE entries SET memory_bytes = -1 WHERE name = 'e0'"],
-        ["UPDATE entries SET content_digest = 'x' WHERE name = 'e0'"],
-        ["PRAGMA writable_schema = ON", "UPDATE sqlite_schema SET sql = replace(sql, 'memory_bytes "
-         "INTEGER', 'memory_bytes ANY') WHERE name = 'entries'"],
+        ["UPDATE entries SET vm = 'another' WHERE name = 'e0'"],
+        ["UPDATE entries SET record = 'no record' WHERE name = 'e0'"],
+        ["UPDATE entries SET record = '" + "[" * 100_000 + "' WHERE name = 'e0'"],
+        ["UPDATE entries SET record = json_remove(record, '$.host') WHERE name = 'e0'"],
+        [record_with("name", "'../../etc/passwd'"), "UPDATE entries SET name = "
+         "'../../etc/passwd' WHERE name = 'e0'"],
+        [record_with("tier", "'warm'")],
+        [record_with("created", "'soon'")],
+        [record_with("created", "'2026-01-01'")],
+        [record_with("memory_bytes", "-1")],
+        [record_with("content_digest", "'x'")],
+        ["UPDATE entries SET verify_cursor = -1 WHERE name = 'e0'"],
+        ["PRAGMA writable_schema = ON", "UPDATE sqlite_schema SET sql = "
+         "replace(sql, 'verify_cursor INTEGER', 'verify_cursor ANY') WHERE name = 'entries'"],
     ],
 )  # fmt: skip
 def test_hostile_contents_are_told(folder: Path, statements: list[str]) -> None:
@@ -168,8 +180,41 @@ def test_log_of_another_file_is_never_played_into_a_catalogue(folder: Path) -> N
             assert not Path(f"{path}-wal").exists()
 
 
-def test_catalogue_of_an_older_version_gives_what_it_knows(folder: Path) -> None:
-    """Version 1 kept damage in a table of its own: none of it is forgotten, nor what was good."""
+#: The columns that versions 1 and 2 had in place of the record.
+OLD_COLUMNS = (
+    "tier", "created", "host", "machine", "source_kind", "source_path", "source_fingerprint",
+    "content_digest", "memory_bytes", "stored_bytes", "file_bytes", "manifest_digest",
+)  # fmt: skip
+
+
+def as_version_2(folder: Path) -> None:
+    """Make the catalogue what version 2 wrote."""
+    fields = ", ".join(f"record ->> '$.{name}' AS {name}" for name in OLD_COLUMNS)
+    execute(
+        folder,
+        f"CREATE TABLE old AS SELECT name, vm, {fields}, verified_at, verify_cursor, "
+        "manifest_stamp, removing FROM entries",
+        "DROP TABLE entries",
+        "ALTER TABLE old RENAME TO entries",
+        "PRAGMA user_version = 2",
+    )
+
+
+def test_catalogue_of_version_2_gives_what_was_good(folder: Path) -> None:
+    """It had a column for each field: what was verified is kept, and a writer makes a new one."""
+    good = "UPDATE entries SET verified_at = '2026-02-02T00:00:00+00:00' WHERE name = 'e2'"
+    execute(folder, good)
+    as_version_2(folder)
+    expected = {"e0": "unchecked", "e1": "damaged", "e2": "good"}
+    for write, told in ((False, True), (True, True), (False, False), (True, False)):
+        with Archive.open(folder, write=write) as archive:
+            assert {entry.name: entry.condition for entry in archive.entries()} == expected
+            assert bool(archive.catalogue_note or archive.notes) == told
+
+
+def test_catalogue_of_version_1_gives_what_it_knows(folder: Path) -> None:
+    """It kept damage in a table of its own: none of it is forgotten, nor what was good."""
+    as_version_2(folder)
     path = folder / "catalogue.sqlite"
     execute(
         folder,

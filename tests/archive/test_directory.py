@@ -204,7 +204,10 @@ def test_reindex_believes_the_manifests_and_changes_a_whole_catalogue_in_place(
     archive.close()
     catalogue = archive.path / "catalogue.sqlite"
     with closing(sqlite3.connect(catalogue)) as connection, connection:
-        connection.execute("UPDATE entries SET vm = 'rotted', memory_bytes = 7")
+        connection.execute(
+            "UPDATE entries SET vm = 'rotted', "
+            "record = json_set(record, '$.vm', 'rotted', '$.memory_bytes', 7)"
+        )
     inode = catalogue.stat().st_ino
     with closing(sqlite3.connect(catalogue, isolation_level=None)) as reader:
         reader.execute("BEGIN")

@@ -23,13 +23,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, NoReturn
 
-from uringmig.archive.entry import IDENTITY, Entry, entry_of
+import msgspec
+
+from uringmig.archive.entry import Entry, entry_of
+from uringmig.archive.record import record_of
 from uringmig.errors import FormatError, StorageError
 
 NAME: Final = "catalogue.sqlite"
 #: "umig"; with it file(1) tells the file from other SQLite databases.
 _APPLICATION_ID: Final = 0x756D6967
-_VERSION: Final = 2
+_VERSION: Final = 3
 _MODE: Final = 0o600
 #: Whoever writes does so for milliseconds; this long only a stopped process holds it.
 _BUSY_SECONDS: Final = 10.0
@@ -44,19 +47,13 @@ _REFUSED: Final = (
 )  # fmt: skip
 CURE: Final = "`uringmig archive reindex` makes a new one from the manifests"
 
-#: The columns of entries that are fields of `Entry`, in the table's order.
-FIELDS: Final = (*IDENTITY, "verified_at", "verify_cursor")
 _SCHEMA: Final = {
     "entries": """CREATE TABLE entries (
-    name TEXT PRIMARY KEY, vm TEXT NOT NULL, tier TEXT NOT NULL, created TEXT NOT NULL,
-    host TEXT NOT NULL, machine TEXT NOT NULL, source_kind TEXT NOT NULL,
-    source_path TEXT NOT NULL, source_fingerprint TEXT NOT NULL, content_digest TEXT NOT NULL,
-    memory_bytes INTEGER NOT NULL, stored_bytes INTEGER NOT NULL, file_bytes INTEGER NOT NULL,
-    manifest_digest TEXT NOT NULL, verified_at TEXT, verify_cursor INTEGER NOT NULL,
+    name TEXT PRIMARY KEY, vm TEXT NOT NULL, record TEXT NOT NULL,
+    verified_at TEXT, verify_cursor INTEGER NOT NULL,
     manifest_stamp TEXT NOT NULL, removing INTEGER NOT NULL
 ) STRICT""",
 }
-_COLUMNS: Final = ", ".join((*FIELDS, "manifest_stamp", "removing"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +122,7 @@ class Catalogue:
     def rows(self, *, vm: str | None = None) -> list[Row]:
         """All rows, or those of one machine; oldest entry first."""
         with self._reading() as connection:
-            query = f"SELECT {_COLUMNS} FROM entries WHERE ?1 IS NULL OR vm = ?1"
+            query = "SELECT * FROM entries WHERE ?1 IS NULL OR vm = ?1"
             found = connection.execute(query, (vm,)).fetchall()
         rows = [self._decode(values) for values in found]
         return sorted(rows, key=lambda row: (row.entry.created_time, row.entry.name))
@@ -202,20 +199,25 @@ class Catalogue:
             raise StorageError("cannot remove", errno=error.errno, path=self.path) from None
 
     def _select(self, connection: sqlite3.Connection, name: str) -> Row | None:
-        query = f"SELECT {_COLUMNS} FROM entries WHERE name = ?"
+        query = "SELECT * FROM entries WHERE name = ?"
         found = connection.execute(query, (name,)).fetchone()
         return None if found is None else self._decode(found)
 
     def _decode(self, values: tuple[object, ...]) -> Row:
         """Check one row as if a stranger had written it."""
-        *fields, stamp, removing = values
-        named = dict(zip(FIELDS, fields, strict=True))
+        name, vm, record, verified_at, verify_cursor, stamp, removing = values
         try:
-            return Row(entry_of(self._folder, named), str(stamp), bool(removing))
-        except ValueError as error:
+            said = msgspec.json.decode(str(record))
+            entry = entry_of(
+                self._folder, said, verified_at=verified_at, verify_cursor=verify_cursor
+            )
+            if (entry.name, entry.vm) != (name, vm):
+                raise ValueError(f"its record is that of {entry.name!r} of {entry.vm!r}")
+        except (msgspec.DecodeError, ValueError, RecursionError) as error:
             raise FormatError(
-                f"{self.path}: entry {named['name']!r} of the catalogue: {error}; {CURE}"
+                f"{self.path}: entry {name!r} of the catalogue: {error}; {CURE}"
             ) from None
+        return Row(entry, str(stamp), bool(removing))
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
@@ -309,18 +311,23 @@ class Catalogue:
 
 def _with_checks_of(row: Row, known: Entry) -> Row:
     """A row, with how far verification was with it."""
-    entry = replace(row.entry, verified_at=known.verified_at, verify_cursor=known.verify_cursor)
+    entry = msgspec.structs.replace(
+        row.entry, verified_at=known.verified_at, verify_cursor=known.verify_cursor
+    )
     return replace(row, entry=entry)
 
 
 def _insert(connection: sqlite3.Connection, row: Row) -> None:
     """Add one entry, or replace the one of its name."""
-    values = [getattr(row.entry, field) for field in FIELDS]
-    marks = ", ".join("?" * (len(FIELDS) + 2))
+    entry = row.entry
+    record = msgspec.json.encode(record_of(entry)).decode()
     connection.execute(
-        f"INSERT OR REPLACE INTO entries VALUES ({marks})",
-        (*values, row.manifest_stamp, int(row.removing)),
-    )
+        "INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?, ?, ?, ?)",
+        (
+            entry.name, entry.vm, record, entry.verified_at, entry.verify_cursor,
+            row.manifest_stamp, int(row.removing),
+        ),
+    )  # fmt: skip
 
 
 @contextmanager

@@ -16,8 +16,9 @@ from typing import Any, Final, Literal
 
 import msgspec
 
-from uringmig.archive.entry import IDENTITY, Entry, entry_of, read_manifest
+from uringmig.archive.entry import Entry, entry_of, read_manifest
 from uringmig.archive.folder import sync_folder
+from uringmig.archive.record import record_of
 from uringmig.errors import FormatError, StorageError
 from uringmig.storage.publication import PARTIAL
 
@@ -77,10 +78,10 @@ def read_note(image: Path) -> Note | None:
     path = note_path(image)
     try:
         said = msgspec.json.decode(read_manifest(path), type=_File)
-        entry = entry_of(image.parent, {name: said.entry[name] for name in IDENTITY})
+        entry = entry_of(image.parent, said.entry)
         if entry.image != str(image):
             raise FormatError(f"the note is of the entry {entry.name!r}")
-    except (StorageError, FormatError, ValueError, KeyError, RecursionError) as error:
+    except (StorageError, FormatError, ValueError, RecursionError) as error:
         if isinstance(error, StorageError) and error.is_absent:
             return None
         text = f"the note of its damage cannot be read: {error}"
@@ -96,7 +97,7 @@ def write_note(entry: Entry, damage: Iterable[Damage]) -> None:
     """
     path = note_path(Path(entry.image))
     said = _File(
-        entry={name: getattr(entry, name) for name in IDENTITY},
+        entry=record_of(entry),
         damage=tuple(sorted(damage, key=lambda one: one.chunk)),
     )
     partial = Path(f"{path}{PARTIAL}")

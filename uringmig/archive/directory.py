@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
+
+from msgspec import structs
 
 from uringmig.archive.catalogue import Catalogue, Row
 from uringmig.archive.damagenotes import Damage, note_path, read_note, remove_note, write_note
@@ -206,7 +208,7 @@ class Archive:
                 left = self._keep_damage(entry, good, damaged, all_seen)
                 if row is not None:
                     known = verified_at if verified_at and not left else entry.verified_at
-                    checked = replace(entry, verify_cursor=cursor, verified_at=known)
+                    checked = structs.replace(entry, verify_cursor=cursor, verified_at=known)
                     stamp = row.manifest_stamp if row.entry.is_same(entry) else ""
                     change.row = Row(checked, stamp)
         except (BytesError, StorageError) as error:

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Final, Literal, get_args
+from typing import Final, Literal, get_args
 
 import msgspec
 
+from uringmig.archive.record import EntryRecord, record_of
 from uringmig.errors import FormatError, MismatchError, StateError, StorageError
 from uringmig.image import manifest
 from uringmig.image.digest import bytes_digest
-from uringmig.image.manifest import HexDigest, Label, Size, Tier, Whereabouts
+from uringmig.image.manifest import Label, Size, Tier
 
 #: What an image's file is called after its entry's name.
 SUFFIXES: Final[dict[Tier, str]] = {"hot": ".mig", "cold": ".cold"}
@@ -31,24 +31,14 @@ NAME_BYTES_MAX: Final = 200
 _OFFSET_WORD: Final = ",offset="
 
 Condition = Literal["unchecked", "good", "damaged", "missing"]
-#: Empty where it is not known: in what an older version wrote.
-_ManifestDigest = Annotated[str, msgspec.Meta(pattern="^([0-9a-f]{32})?$")]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
-    """A whole image in an archive, as its manifest describes it; sizes in bytes.
+class Entry(EntryRecord, frozen=True, kw_only=True):
+    """A whole image in an archive: its record, its files, and what is known of them.
 
     Attributes:
-        created: ISO 8601, with its time zone.
-        source_kind: what it was read from, see `manifest.ArchiveFields`.
-        content_digest: equal for all images of one guest at one time, whatever their tier.
-        stored_bytes: guest memory in pages that are set.
-        file_bytes: length of the image's file.
-        image: its path.
+        image: the path of its file.
         manifest: the path of its manifest.
-        manifest_digest: of the manifest's bytes: while they are the same, so is the entry, wherever
-            its files were copied to; hex.
         verified_at: when every chunk had last been found good, ISO 8601; None is never.
         verify_cursor: chunks looked at since, in the pass that goes on.
         damaged_chunks: places known to be damaged now.
@@ -56,22 +46,8 @@ class Entry:
         trouble: what is wrong with its files at the first look, in one line; empty is nothing.
     """
 
-    name: str
-    vm: Label
-    tier: Tier
-    created: Label
-    host: Label
-    machine: Label
-    source_kind: Label
-    source_path: Whereabouts
-    source_fingerprint: Whereabouts
-    content_digest: HexDigest
-    memory_bytes: Size
-    stored_bytes: Size
-    file_bytes: Size
     image: str
     manifest: str
-    manifest_digest: _ManifestDigest = ""
     verified_at: Label | None = None
     verify_cursor: Size = 0
     damaged_chunks: Size = 0
@@ -105,30 +81,23 @@ class Entry:
         return mine == (other.content_digest, other.created, other.file_bytes)
 
 
-#: The fields that say what an entry is; they are kept in the catalogue and in notes of damage.
-IDENTITY: Final = (
-    "name", "vm", "tier", "created", "host", "machine", "source_kind", "source_path",
-    "source_fingerprint", "content_digest", "memory_bytes", "stored_bytes", "file_bytes",
-    "manifest_digest",
-)  # fmt: skip
-
-
-def entry_of(folder: Path, values: Mapping[str, object]) -> Entry:
+def entry_of(folder: Path, said: object, **known: object) -> Entry:
     """Make an entry of what a file says, checked as if a stranger had written it.
 
     Args:
         folder: of the archive; paths are made of it and the name, and never taken from the file.
-        values: the fields of `IDENTITY`, and others of `Entry` that are no paths.
+        said: its record, as a JSON object; what else is in there is ignored.
+        known: other fields of `Entry` that are no paths.
 
     Raises:
         ValueError: says what is wrong.
     """
     try:
-        image = image_path(folder, str(values["name"]), values["tier"])  # type: ignore[arg-type]
-        entry = msgspec.convert(
-            {**values, "image": str(image), "manifest": str(manifest_path(image))}, Entry
-        )
-    except (msgspec.ValidationError, StateError, KeyError) as error:
+        record = msgspec.convert(said, EntryRecord)
+        image = image_path(folder, record.name, record.tier)
+        paths = {"image": str(image), "manifest": str(manifest_path(image))}
+        entry = msgspec.convert({**record_of(record), **known, **paths}, Entry)
+    except (msgspec.ValidationError, StateError) as error:
         raise ValueError(str(error)) from None
     if entry.created_time.tzinfo is None:
         raise ValueError("created has no time zone")

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from msgspec import structs
 
 from uringmig.archive.catalogue import Catalogue, Row
 from uringmig.archive.damagenotes import SUFFIX as NOTE_SUFFIX
@@ -154,7 +156,7 @@ def _write_down(
 def _is_known(row: Row, known: Known) -> bool:
     """Whether the catalogue lacks nothing of a row but the stamp."""
     former = known.rows.get(row.entry.name)
-    return former is not None and former.entry == replace(row.entry, damaged_chunks=0)
+    return former is not None and former.entry == structs.replace(row.entry, damaged_chunks=0)
 
 
 def clear_leftovers(folder: Path, report: HealReport) -> None:

@@ -16,6 +16,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
+from msgspec import structs
+
 from uringmig.archive.catalogue import Row
 from uringmig.archive.damagenotes import STREAM_CHUNK, Damage, Note, read_note
 from uringmig.archive.damagenotes import SUFFIX as NOTE_SUFFIX
@@ -143,13 +145,15 @@ def look_at(
         at = datetime.now(UTC).isoformat(timespec="seconds")
         places.setdefault(STREAM_CHUNK, Damage(STREAM_CHUNK, trouble, at))
         # Files that come back are not those that were found good.
-        entry = replace(entry, verified_at=None, verify_cursor=0)
+        entry = structs.replace(entry, verified_at=None, verify_cursor=0)
     noted_places = {one.chunk for one in note.damage} if note else set()
     stored = Row(entry, stamp)
     return Seen(
         row=replace(
             stored,
-            entry=replace(entry, damaged_chunks=len(places), missing=missing, trouble=trouble),
+            entry=structs.replace(
+                entry, damaged_chunks=len(places), missing=missing, trouble=trouble
+            ),
         ),
         damage=tuple(places[chunk] for chunk in sorted(places)),
         unkept=noted_places != set(places),
@@ -212,7 +216,7 @@ def _look_at_manifest(
         return stamp, found, "", False
     if not known.is_same(found):
         return stamp, found, "its manifest is another one than before", False
-    found = replace(found, verified_at=known.verified_at, verify_cursor=known.verify_cursor)
+    found = structs.replace(found, verified_at=known.verified_at, verify_cursor=known.verify_cursor)
     return stamp, found, "", False
 
 

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import msgspec
 
-from uringmig.archive.catalogue import FIELDS, LOGS, Catalogue, Row
+from uringmig.archive.catalogue import LOGS, Catalogue, Row
 from uringmig.archive.damagenotes import Damage
 from uringmig.archive.entry import entry_of
 from uringmig.archive.folder import sync_folder
@@ -131,11 +131,17 @@ def _read(path: Path, way: str) -> Known:
                     )
                     known.damage[name] = (*known.damage.get(name, ()), damage)
             for values in _table(connection, "entries"):
-                with suppress(ValueError, KeyError):
-                    named: dict[str, object] = {key: values[key] for key in FIELDS if key in values}
-                    row = Row(entry_of(path.parent, named), "")
-                    if not values.get("removing"):
-                        known.rows[row.entry.name] = row
+                with suppress(msgspec.DecodeError, ValueError, KeyError, RecursionError):
+                    # Up to version 2 the record was a column for each of its fields.
+                    record = values.get("record")
+                    entry = entry_of(
+                        path.parent,
+                        values if record is None else msgspec.json.decode(str(record)),
+                        verified_at=values.get("verified_at"),
+                        verify_cursor=values.get("verify_cursor", 0),
+                    )
+                    if entry.name == values["name"] and not values.get("removing"):
+                        known.rows[entry.name] = Row(entry, "")
             (found,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
             known.whole = found == "ok"
     return known
