@@ -10,36 +10,53 @@ import ast
 import inspect
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
+from graphlib import TopologicalSorter
 from typing import Final
 
 import pytest
+from arrows import (
+    ARROWS,
+    FLOORS,
+    MODULES,
+    NAMES,
+    PACKAGE,
+    ROOT,
+    Module,
+    arrow_of,
+    arrows_between_rooms,
+    arrows_hold,
+    goes_down,
+    imports,
+    own_imports,
+    prefixes,
+    print_table,
+    room_of,
+)
 
 import uringmig
 
-ROOT: Final = Path(__file__).parents[1]
-PACKAGE: Final = "uringmig"
-
-#: Modules that can neither do I/O nor tell time (their imports of our own modules are the arrows).
-PURE: Final = (
-    "format",
-    "pages",
-    "transfer.plan",
-    "transfer.slots",
-    "storage.requests",
-    "image.manifest",
-    "image.digest",
-    "image.window",
-    "archive.coldformat",
-    "archive.copyjournal",
-    "archive.record",
-    "batch.job",
-    "qemu.address",
-    "batch.journal",
-    "batch.messages",
-    "batch.admission",
-    "archive.retention",
+#: Modules and rooms that can neither do I/O nor tell time; `arrows.ARROWS` says whom they import.
+PURE: Final = frozenset(
+    [
+        "format",
+        "pages",
+        "transfer.plan",
+        "transfer.slots",
+        "storage.requests",
+        "image.manifest",
+        "image.digest",
+        "image.window",
+        "archive.coldformat",
+        "archive.copyjournal",
+        "archive.record",
+        "batch.job",
+        "qemu.address",
+        "batch.journal",
+        "batch.messages",
+        "batch.admission",
+        "archive.retention",
+    ]
 )
 IMPURE_IMPORTS: Final = frozenset(
     [
@@ -65,59 +82,6 @@ IMPURE_IMPORTS: Final = frozenset(
     ]
 )
 
-#: Who may import whom: a module may import what its part reaches through these edges, and its own
-#: part. A part is the longest prefix of the module's name (without the package) that stands here.
-ARROWS: Final[dict[str, tuple[str, ...]]] = {
-    "cli": ("version", "bench", "batch", "verify", "qemu", "signals", "starting"),
-    "batch": ("bench.profile", "archive", "verify", "qemu", "signals", "starting"),
-    "archive": (
-        "contents",
-        "verify",
-        "writer",
-        "reader",
-        "qemu",
-        "archive.coldformat",
-        "archive.copyjournal",
-        "archive.record",
-    ),
-    "archive.coldformat": ("format", "pages", "image.digest"),
-    "archive.copyjournal": ("format", "image.digest"),
-    "archive.record": ("image.manifest",),
-    "signals": (),
-    "starting": ("stdio",),
-    "stdio": ("errors",),
-    "bench": ("writer", "bench.profile"),
-    "bench.profile": ("storage",),
-    "verify": ("contents",),
-    "qemu": ("writer", "contents", "qemu.monitor"),
-    "qemu.monitor": ("options", "signals", "qemu.address"),
-    "qemu.address": ("errors",),
-    "contents": ("reader",),
-    "writer": ("result", "image"),
-    "result": ("image.manifest", "progress"),
-    "reader": ("image",),
-    "image": ("transfer", "memory", "image.manifest", "image.window"),
-    "image.manifest": ("image.digest",),
-    "image.digest": ("options",),
-    "image.window": ("transfer.plan",),
-    "transfer": ("storage", "progress", "transfer.slots"),
-    "transfer.slots": ("transfer.plan",),
-    "transfer.plan": ("format", "pages", "storage.requests"),
-    "format": ("options",),
-    "pages": ("options",),
-    "storage": ("options", "signals", "storage.pwrite", "storage.requests"),
-    "memory": ("options",),
-    "progress": ("options",),
-    "testing": ("storage.engine", "storage.pwrite", "memory.source", "qemu.monitor"),
-    "storage.engine": ("options", "storage.requests"),
-    "storage.pwrite": ("storage.engine",),
-    "storage.requests": ("units",),
-    "memory.source": ("options",),
-    "options": ("units",),
-    "units": ("errors",),
-    "version": (),
-    "errors": (),
-}
 #: The two that ask C liburing for a ring: one to use it, one to know beforehand whether it could.
 LIBURING_USERS: Final = frozenset({"storage.ring", "storage.choice"})
 
@@ -137,39 +101,6 @@ VAGUE_CLASS: Final = re.compile(r"(Utils?|Helpers?|Managers?|Common)$")
 OPEN_END: Final = re.compile(r"\b(TO" + r"DO|FIX" + r"ME|XX" + r"X)\b(?!\(\w+\): \S)")
 
 
-@dataclass
-class Module:
-    """A parsed file; ``name`` is dotted and without the package (``storage.ring``, ``""``)."""
-
-    name: str
-    source: str
-    in_package: bool = True
-    tree: ast.Module = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.tree = ast.parse(self.source)
-
-    @property
-    def part(self) -> str | None:
-        """The longest prefix of the name that stands in `ARROWS`."""
-        words = self.name.split(".")
-        for count in range(len(words), 0, -1):
-            if ".".join(words[:count]) in ARROWS:
-                return ".".join(words[:count])
-        return None
-
-
-def package_modules() -> list[Module]:
-    folder = ROOT / PACKAGE
-    modules = []
-    for path in sorted(folder.rglob("*.py")):
-        words = list(path.relative_to(folder).with_suffix("").parts)
-        if words[-1] == "__init__":
-            words.pop()
-        modules.append(Module(".".join(words), path.read_text()))
-    return modules
-
-
 def other_modules() -> list[Module]:
     """Tests and benches; only the rules on size and words hold there."""
     paths = [*(ROOT / "tests").rglob("*.py"), *(ROOT / "perf").rglob("*.py")]
@@ -179,70 +110,11 @@ def other_modules() -> list[Module]:
     ]
 
 
-MODULES: Final = package_modules()
-NAMES: Final = frozenset(module.name for module in MODULES)
-
-
-def reach(part: str) -> frozenset[str]:
-    """The parts that ``part`` may import, itself included."""
-    found = {part}
-    for other in ARROWS[part]:
-        found |= reach(other)
-    return frozenset(found)
-
-
-def imports(module: Module) -> Iterator[tuple[int, str]]:
-    """Line and full dotted name of all that is imported anywhere in the module, lazily too."""
-    for node in ast.walk(module.tree):
-        if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            origin = node.module or ""
-            if node.level:
-                origin = f"<relative>.{origin}"
-            # "from uringmig.storage import ring" means the module ring, when there is one.
-            for alias in node.names:
-                full = f"{origin}.{alias.name}"
-                known = full.removeprefix(f"{PACKAGE}.") in NAMES
-                yield node.lineno, full if known else origin
-
-
-def own_imports(module: Module) -> Iterator[tuple[int, str]]:
-    """Imports of our own modules, without the package's name."""
-    for line, name in imports(module):
-        if name == PACKAGE or name.startswith(f"{PACKAGE}."):
-            yield line, name[len(PACKAGE) + 1 :]
-
-
 # The rules. Each takes one module and yields complaints.
 
 
-def arrows_hold(module: Module) -> Iterator[str]:
-    if not module.in_package:
-        return
-    for line, name in imports(module):
-        if name.startswith("<relative>"):
-            yield f"{line}: a relative import hides its arrow"
-    if module.name in ("", "__main__"):
-        allowed = frozenset(ARROWS) - {"cli", "testing"}
-        allowed |= {"cli"} if module.name == "__main__" else set()
-    elif module.part is None:
-        yield f"1: {module.name} has no place in the order of modules"
-        return
-    else:
-        allowed = reach(module.part)
-    for line, target in own_imports(module):
-        part = Module(target, "").part
-        # Only the top may go through the package itself, which imports nearly everything.
-        if target == "" and module.part == "cli":
-            continue
-        prefixes = {target[: match.start()] for match in re.finditer(r"\.|$", target)}
-        if part is None or not (part in allowed or prefixes & allowed):
-            yield f"{line}: {module.name or PACKAGE} must not import {target or PACKAGE}"
-
-
 def pure_stays_pure(module: Module) -> Iterator[str]:
-    if not (module.in_package and module.part in PURE):
+    if not module.in_package or PURE.isdisjoint(prefixes(module.name)):
         return
     for line, name in imports(module):
         if name.split(".")[0] in IMPURE_IMPORTS:
@@ -364,17 +236,56 @@ def test_tree_is_tidy(rule: Callable[[Module], Iterator[str]]) -> None:
 
 def test_the_walk_finds_the_tree() -> None:
     """All rules hold on an empty list of modules; so the list itself is checked."""
-    assert {
-        "",
-        "errors",
-        "options",
-        "storage.requests",
-        "transfer.plan",
-        "storage.ring",
-        "storage",
-    } <= NAMES
+    assert {"", "errors", "storage.requests", "transfer.plan", "storage.ring", "storage"} <= NAMES
     assert "tests/test_tidy.py" in [module.name for module in other_modules()]
-    assert all(reach(part) for part in ARROWS), "the order of modules has a circle"
+
+
+def test_every_room_has_a_floor_and_a_line() -> None:
+    rooms = [room for floor in FLOORS for room in floor]
+    assert len(rooms) == len(set(rooms))
+    assert set(rooms) == {module.room for module in MODULES} == {room_of(part) for part in ARROWS}
+    assert set(rooms) <= set(ARROWS)
+
+
+def test_arrows_go_down() -> None:
+    """Those that the table lets, whether used or not; and no module leads back to itself."""
+    up = [
+        f"{part} -> {name}" for part in ARROWS for name in ARROWS[part] if not goes_down(part, name)
+    ]
+    assert up == []
+    targets = {module.name: {target for _, target in own_imports(module)} for module in MODULES}
+    tuple(TopologicalSorter(targets).static_order())  # CycleError names the circle
+
+
+def test_no_arrow_is_left_over() -> None:
+    """An arrow that nobody uses any more would let the next one in unseen."""
+    used = {
+        (module.part, arrow_of(module, target))
+        for module in MODULES
+        for _, target in own_imports(module)
+    }
+    idle = [(part, name) for part in ARROWS for name in ARROWS[part] if (part, name) not in used]
+    assert idle == []
+
+
+def test_the_rooms_and_arrows_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """``ci/arrows``, which docs/architecture.md names."""
+    assert print_table()
+    told = capsys.readouterr().out
+    assert "\nstorage (" in told
+    assert re.search(r", 0 up: none\n$", told)
+
+
+def test_an_arrow_up_is_seen() -> None:
+    assert not goes_down("storage", "image")
+    assert not goes_down("contents.memoryfiles", "qemu.devicestream")
+    assert not goes_down("verify", "qemu"), "rooms of one floor do not import each other"
+    assert goes_down("qemu", "contents.source")
+    assert goes_down("image.draft", "image.manifest")
+    below = Module(
+        "storage.ring", "from uringmig.writer import save\nimport uringmig.storage.engine"
+    )
+    assert arrows_between_rooms([below]) == {"storage": {"writer": 1}}
 
 
 LONG = "def long() -> None:\n" + "    pass\n" * FUNCTION_LINES_MAX
@@ -397,6 +308,12 @@ BAD: Final[list[tuple[Callable[[Module], Iterator[str]], str, str]]] = [
     (arrows_hold, "testing.guests", "from uringmig.writer import save"),
     (arrows_hold, "format.headers", "from .constants import EOF"),
     (arrows_hold, "novelty", ""),
+    (arrows_hold, "batch.pool", "from uringmig.bench.trial import Workbench"),
+    (arrows_hold, "batch.pool", "from uringmig.image.parse import parse_image"),
+    (arrows_hold, "cli.save", "from uringmig import __version__"),
+    (arrows_hold, "signals", "from uringmig.errors import UringmigError"),
+    (pure_stays_pure, "batch.job", "import os"),
+    (pure_stays_pure, "archive.retention", "import time"),
     (pure_stays_pure, "format.headers", "import os.path"),
     (pure_stays_pure, "pages.zero", "def f() -> None:\n    from time import sleep"),
     (pure_stays_pure, "transfer.plan", "import threading as t"),
@@ -425,10 +342,10 @@ BAD: Final[list[tuple[Callable[[Module], Iterator[str]], str, str]]] = [
 ]
 
 GOOD: Final[list[tuple[Callable[[Module], Iterator[str]], str, str]]] = [
-    (arrows_hold, "transfer.plan", "from uringmig.format.layout import BlockLayout\nimport numpy"),
+    (arrows_hold, "transfer.plan", "from uringmig.pages.runs import PageRuns\nimport numpy"),
     (arrows_hold, "transfer.plan", "from uringmig import errors, units"),
     (arrows_hold, "writer", "from uringmig.storage.ring import RingEngine"),
-    (arrows_hold, "cli.save", "from uringmig import __version__\nimport uringmig.options"),
+    (arrows_hold, "cli.save", "from uringmig.version import text\nimport uringmig.options"),
     (arrows_hold, "", "from uringmig.writer import MappedRamWriter"),
     (arrows_hold, "testing.faults", "from uringmig.storage.engine import Engine"),
     (pure_stays_pure, "writer", "import os"),
@@ -602,7 +519,7 @@ def test_every_structure_has_a_size_test() -> None:
     missing = [
         f"{module.name}: {name}"
         for module in MODULES
-        if module.part == "format"
+        if module.room == "format"
         for name in structs(module)
         if name not in known
     ]

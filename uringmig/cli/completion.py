@@ -28,12 +28,12 @@ def options(program: str) -> list[click.Option]:
 
     def show(context: click.Context, _: click.Parameter, shell: str | None) -> None:
         if shell is not None:
-            click.echo(_script(program, _shell(shell)))
+            click.echo(_script(context.command, program, _shell(shell)))
             context.exit()
 
     def install(context: click.Context, _: click.Parameter, shell: str | None) -> None:
         if shell is not None:
-            click.echo(_install(program, _shell(shell)))
+            click.echo(_install(context.command, program, _shell(shell)))
             context.exit()
 
     def option(name: str, callback: Callable[..., None], text: str) -> click.Option:
@@ -60,25 +60,23 @@ def _shell(name: str) -> str:
     return shell
 
 
-def _script(program: str, shell: str) -> str:
+def _script(command: click.Command, program: str, shell: str) -> str:
     """What the shell is to read."""
     from click.shell_completion import get_completion_class
 
-    from uringmig import cli
-
     made = get_completion_class(shell)
     assert made is not None, shell
-    return made(cli.app, {}, program, f"_{program.upper()}_COMPLETE").source()
+    return made(command, {}, program, f"_{program.upper()}_COMPLETE").source()
 
 
-def _install(program: str, shell: str) -> str:
+def _install(command: click.Command, program: str, shell: str) -> str:
     """Write the script to where the shell looks; returns a line about it."""
     place, further = _PLACES[shell]
     data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
     file = Path(data) / place.format(name=program)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(_script(program, shell))
+        file.write_text(_script(command, program, shell))
     except OSError as error:
         raise StorageError("cannot install completion", errno=error.errno, path=file) from None
     return f"{shell} completion installed in {file}{further}; it holds for new shells"
