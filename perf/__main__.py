@@ -5,7 +5,7 @@ The machine should be quiet. As root the page cache is dropped before every cont
 
     python -m perf run --full --out OUT         # on the disk that --folder is on
     python -m perf report OUT                   # OUT/report.html and OUT/report.md
-    python -m perf table OUT                    # the README's table
+    python -m perf table OUT                    # the tables of RESULTS.md
     python -m perf model OUT --into perf/MODEL.md
     python -m perf compare BEFORE/pyperf.json AFTER/pyperf.json
 """
@@ -23,7 +23,7 @@ import click
 from perf.compare import compare
 from perf.model import describe
 from perf.programme import TARGETS, choose
-from perf.report import readme_table, write_report
+from perf.report import results_table, write_report
 from perf.results import load
 from perf.rivals import ROOT
 from perf.session import SETTLE_S, Session
@@ -141,8 +141,8 @@ def report(out: Path) -> None:
 @app.command()
 @_out
 def table(out: Path) -> None:
-    """Print the README's table (Markdown) with date, machine and command."""
-    click.echo(readme_table(load(out)))
+    """Print the tables of perf/RESULTS.md (Markdown) with date, machine and command."""
+    click.echo(results_table(load(out)))
 
 
 @app.command()

@@ -81,8 +81,8 @@ def write_report(results: Results, out: Path) -> list[Path]:
     return [markdown, page]
 
 
-def readme_table(results: Results) -> str:
-    """The table for the README: ours beside QEMU's and fio's, with date, machine, command."""
+def results_table(results: Results) -> str:
+    """The tables of perf/RESULTS.md: ours beside QEMU's and fio's, with date, machine, command."""
     goals = [[v.target, v.measured, "met" if v.met else "missed"] for v in verdicts(results)]
     return "\n".join(
         [

@@ -14,7 +14,7 @@ import pytest
 
 from perf.compare import compare
 from perf.plots import plots
-from perf.report import readme_table, write_report
+from perf.report import results_table, write_report
 from perf.results import Results, Sample, Start, as_suite, counted, figures, load, save
 from perf.rivals import Group
 from perf.verdict import best_of, is_ours, verdicts
@@ -334,8 +334,8 @@ def test_report_is_one_page_with_all_pictures(tmp_path: Path) -> None:
     assert not re.search(r'(src|href)="(?!data:)', text), "it refers to nothing outside"
     for rival in GROUPS:
         assert f"| {rival} | 3 |" in markdown.read_text()
-    assert "| 0.93 |" not in readme_table(results)
-    table = readme_table(results)
+    assert "| 0.93 |" not in results_table(results)
+    table = results_table(results)
     # The manifest is on by default, so what a user gets is that rival, not the fastest one.
     assert (
         "| save: dense 1.0 GiB, disk | 1.32 s (1.4 x) | 1.20 s (0.89 GB/s; io_uring 2x8x1M) |"
