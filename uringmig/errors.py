@@ -9,7 +9,7 @@
     |   +-- BusyError        it is there but taken, or not there yet
     +-- StorageError     5   the kernel or the disk: ENOSPC, EIO, no O_DIRECT where required
     +-- HostError        6   this machine cannot: no io_uring and nothing allowed to replace it
-        +-- LimitError       it does not now: no memory, thread, process or descriptor is left
+        +-- LimitError       at this moment: no memory, thread, process or descriptor is left
 
 The error knows its exit code; the command line catches the base class in one place. A traceback
 therefore means a bug of ours.
@@ -120,7 +120,7 @@ class BusyError(PeerError):
 
     @property
     def may_pass(self) -> bool:
-        """Another client leaves, a migration ends."""
+        """The other client may leave, and a migration end."""
         return True
 
 
@@ -161,7 +161,7 @@ class StorageError(UringmigError):
 
     @property
     def may_pass(self) -> bool:
-        """A lock is given back, the kernel finds memory; a full or failing disk stays so."""
+        """A lock may be given back and memory found; a full or failing disk stays as it is."""
         return self.errno in _PASSING
 
 
@@ -176,13 +176,13 @@ class LimitError(HostError):
 
     @property
     def may_pass(self) -> bool:
-        """Somebody else gives some back."""
+        """Other processes may give some back."""
         return True
 
 
 @contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Have what is wrong with the bytes of a file begin with its name, if it does not say it."""
+    """Within the block, an error about bytes gets the file's name in front, if it has it not."""
     try:
         yield
     except BytesError as error:
@@ -194,7 +194,7 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def explained(error: BaseException) -> UringmigError | None:
-    """What an error means that may come from anywhere; None if it is none of those.
+    """The one-line error for trouble that any step may meet; None if ``error`` is something else.
 
     A process that has no more memory, threads, processes or descriptors, or whose disk is full or
     failing, may learn it at any step: that is no bug, and deserves one line.

@@ -52,6 +52,6 @@ def describe_settings(options: WriteOptions, *, engine: str, direct: bool) -> Se
 
 
 def describe_seconds(time: TimeAccount) -> dict[str, float]:
-    """Pick the seconds that a manifest keeps; giving the file its name is still to come."""
+    """Pick the seconds that a manifest keeps: all but those of naming the file, still to come."""
     names = ("elapsed", "scan", "digest", "submit", "wait", "sync")
     return {name: round(getattr(time, name), 6) for name in names}

@@ -253,7 +253,7 @@ class Catalogue:
         uri = f"{self.path.absolute().as_uri()}?mode={mode}"
         connection = sqlite3.connect(uri, uri=True, timeout=_BUSY_SECONDS, isolation_level=None)
         try:
-            # What a damaged or a stranger's file could make us run or skip is off.
+            # Off, so that a damaged or foreign file can make SQLite run or skip nothing.
             connection.execute("PRAGMA trusted_schema = OFF")
             connection.execute("PRAGMA cell_size_check = ON")
             connection.execute("PRAGMA synchronous = FULL")

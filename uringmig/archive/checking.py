@@ -30,7 +30,7 @@ from uringmig.progress import ProgressCallback, Teller
 
 #: Chunks between two looks at the clock: half a gigabyte of guest, a fraction of a second.
 _SLICE_CHUNKS: Final = 128
-#: What a kill costs at most, and the catalogue is written no more often.
+#: What was found is kept so often: a kill loses no more than this, and the disk is not kept busy.
 _KEEP_SECONDS: Final = 5.0
 
 
@@ -274,7 +274,7 @@ class _Visit:
         return known <= self.cleared
 
     def _keep(self, cursor: int, *, verified_at: str | None) -> None:
-        """Have it kept what is known."""
+        """Have the archive keep what is known by now."""
         self.run.archive.note_checked(
             self.entry,
             cursor=cursor,
@@ -309,7 +309,8 @@ def _looked_at(
 ) -> Iterator[tuple[Row, UringmigError | None]]:
     """Every row once, with what is wrong with it.
 
-    A row that cannot even be read ends the reading ahead; it is found by halves.
+    A row that cannot even be read ends the reading ahead, and does not say which it was: so what is
+    left is looked at in halves, until that row is alone.
 
     Raises:
         MismatchError: the file changed while it was read.

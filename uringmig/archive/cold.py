@@ -303,7 +303,7 @@ class _ColdWork:
         copy: CopyRun,
         counters: ChannelCounters,
     ) -> None:
-        # As many frames as requests in flight can be of, and one that is being made.
+        # So many frames can have requests in flight, and one more is being made.
         self.windows_max = options.windows_held
         self._intake = intake
         self._guest = guest

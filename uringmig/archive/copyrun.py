@@ -87,7 +87,7 @@ class CopyRun:
             options=self._options,
             bounce=False,
         )
-        # To a channel a window is only a ticket for whichever comes next; the sum is right.
+        # A channel takes whichever row comes next, not this window's: only the sum is right.
         tickets = [window_of(self._guest.contents.blocks, row) for row in rows]
         self.counters[0].finished_bytes = self.counters[0].scanned_bytes = self._guest.resumed_bytes
         self._checkpointed_bytes = self._guest.resumed_bytes

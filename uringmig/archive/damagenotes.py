@@ -25,7 +25,7 @@ from uringmig.storage.publication import PARTIAL
 SUFFIX: Final = ".damage.json"
 #: What is not in a block: headers, bitmaps, device state, index, and the files themselves.
 STREAM_CHUNK: Final = -1
-#: Somewhere: the note that knew where cannot be read. Only a look at everything clears it.
+#: Nobody knows where: the note cannot be read. Only a verification of all chunks clears it.
 UNKNOWN_CHUNK: Final = -2
 _MODE: Final = 0o600
 

@@ -73,7 +73,7 @@ _FREED_AT_ONCE: Final = 256 * MiB
 
 
 class Earlier:
-    """An earlier image, as far as it serves: what is wrong with it never ends a copy.
+    """An earlier image to share pages with. Nothing that is wrong with it ever ends a copy.
 
     Args:
         path: of the image; None: there is none, and nothing is shared.

@@ -1,6 +1,6 @@
 """One order carried out, in the process of a worker: examine, measure, archive.
 
-Nothing here decides: what to do is in the order, whether to try again is the runner's. Errors are
+Nothing is decided here: the order says what to do, and the runner whether to try again. Errors are
 those of the tree, and every one leaves nothing under the entry's name.
 """
 

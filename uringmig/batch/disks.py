@@ -1,4 +1,4 @@
-"""The disks that files lie on, what their queues hold, how busy they are, the depth they like.
+"""The disks that files lie on, what their queues hold, how busy they are, the depth they need.
 
 A file's disks are the whole ones at the bottom: below partitions, device mapper, md and loop
 devices. Memory file systems have none.  Linux: Documentation/admin-guide/iostats.rst.

@@ -28,7 +28,7 @@ _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+:-]{0,127}")
 #: What makes an entry's name another one in every run.
 TIME_FIELD: Final = "{time}"
 _FIELD: Final = re.compile(r"\{([^{}]*)\}|[{}]")
-#: What nobody means as it stands, and no NUL, which the kernel takes for the end.
+#: A path, but not one that only a shell would understand (~, $HOME), nor with a NUL, which ends it.
 _PATH: Final = re.compile(r"(?!~|\$[A-Za-z_{(])[^\0]+")
 _PLACE: Final = re.compile(r"(.*?)(?: - at `(?:key in )?\$\.?(.*?)(?: in `[^`]*`)?`)?")
 _DEFAULT_OPTIONS: Final = WriteOptions()

@@ -30,7 +30,7 @@ class OwnMemory:
         self.look()
 
     def look(self) -> int:
-        """Look; bytes."""
+        """Look now, and return the bytes."""
         words = dict(
             line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines()
         )

@@ -23,8 +23,8 @@ class PlanRow:
         kind: of the source; "" where it could not be looked at.
         stored_bytes: of the guest's memory, in pages that are not known to be zero.
         file_bytes: what the entry takes at most.
-        at_most: it may well take far less, so it alone is no reason to refuse the plan.
-        stored_at_most: so is ``stored_bytes``.
+        at_most: ``file_bytes`` is only a bound; the plan is not refused for its sake.
+        stored_at_most: ``stored_bytes`` is only a bound, too.
         done: why there is nothing to do, or "".
         problem: why it is not known what there is to do, or "".
         warning: what will not be as asked for, or "".

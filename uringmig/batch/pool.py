@@ -23,7 +23,7 @@ from uringmig.units import MiB
 
 WORKER_COMMAND: Final = (sys.executable, "-m", "uringmig.batch")
 _READ_BYTES: Final = 64 << 10
-#: A message is a few KiB; a worker that sends more in one line is out of its mind.
+#: A message is a few KiB; a worker that sends more in one line is broken.
 _LINE_BYTES_MAX: Final = MiB
 _ENDING_SECONDS: Final = 5.0
 
@@ -78,7 +78,7 @@ class LocalPool:
         except OSError as error:
             reason = explained(error) or error
             why = f"no worker process can be started: {reason}"
-            # Those that run now may leave room.
+            # When those that run now have ended there may be room: this may pass.
             self._unstarted.append(lost(order.key, why, kind=LimitError.__name__, may_pass=True))
         else:
             worker.give(order)
@@ -131,7 +131,7 @@ def _death(worker: _Worker, key: str, code: int) -> Outcome:
     """The outcome of an order whose worker has ended with an exit code, or by signal -code."""
     who = f"worker process {worker.process.pid}"
     if code == -signal.SIGKILL and not worker.killed:
-        # Nobody else kills like this but an impatient operator; and he knows it.
+        # It may also have been an operator, who knows then that it was not memory.
         why = (
             f"{who} was killed (SIGKILL), perhaps because memory ran out: see the kernel's log, "
             "and the service's MemoryMax= or the container's limit"

@@ -54,7 +54,7 @@ def list_entries(session: Session, *, archive: Path, vm: str | None, names_only:
 
 
 def _lines(listed: ArchiveList) -> list[str]:
-    """A table, and what cannot be seen in it."""
+    """A table, and below it what it does not show."""
     if not listed.entries:
         lines = [f"{listed.path}: no entries"]
     else:

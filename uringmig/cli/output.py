@@ -2,8 +2,8 @@
 
 Results go to standard output: lines for people, or with ``--json`` one JSON object a line, progress
 included. Notes, warnings and errors are one line each on standard error, as is the progress bar,
-which appears on a terminal only. A reader that has gone away never undoes the work: what it does
-not want is dropped.
+which appears on a terminal only. If the reader of these streams has gone
+away, the work goes on and the rest of the output is dropped.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Output:
     The process' standard streams are those of `uringmig.stdio`: writing to them never fails.
 
     Attributes:
-        verbose: whether more is wanted of what was measured.
+        verbose: whether to show more of what was measured.
     """
 
     def __init__(self) -> None:
@@ -185,7 +185,7 @@ class Output:
             bar.stop()
 
     def settled(self, exit_code: int) -> int:
-        """What the process ends with: nothing is wholly done of which the outcome was not told."""
+        """The exit code of the process: 1 in place of 0 if the outcome could not be written."""
         if (lost := stdio.trouble(sys.stdout)) is not None:
             self._complain(f"warning: {lost}")
         return max(exit_code, self.exit_code)

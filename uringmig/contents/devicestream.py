@@ -1,8 +1,8 @@
 """What the plain migration stream of a QEMU with x-ignore-shared says: small and whole.
 
 It holds the device state and the pages of private blocks (video RAM, ROMs); the shared blocks are
-only listed. QEMU sends every page of a private block at least once, so a block of which a page
-never came was taken for shared by QEMU, and saving it from here would lose it.
+only listed. QEMU sends every page of a private block at least once. If a page never
+came, QEMU took the block for a shared one, which is saved elsewhere, and its memory would be lost.
 """
 
 from __future__ import annotations

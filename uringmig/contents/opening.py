@@ -1,4 +1,4 @@
-"""Which kind of file is it? Its first bytes say; nothing is believed of them but that.
+"""Which kind of file is it? Its first bytes say; nothing else in them is trusted.
 
 A save image of libvirt's holds a plain stream (raw) or mapped-ram (sparse). The domain's XML is not
 taken over: an archived guest is QEMU's image alone.
@@ -56,7 +56,7 @@ def open_contents(
 
 
 def look_at(path: str | os.PathLike[str], *, offset: int | None = None) -> PlainLook | None:
-    """Look at a file whose contents can only be opened by reading all of it; None: it is no such.
+    """Look at a file that must be read whole to be opened, a plain stream; None for other kinds.
 
     Args:
         path: the file.

@@ -57,12 +57,12 @@ class WindowRead:
         data: what may be nonzero, in bytes from the window's start; None is all of it. Everything
             else is zero, and must not be touched unless ``filled``: it may be a hole of shared
             memory.
-        digest: of the memory, if the channel that read it has made it, while it was in its cache;
-            where contents were opened only to be compared ``memory`` is empty then.
-        filled: the rest of ``memory`` is a buffer's, and holds these zeros: it may be touched.
-        exchange: takes a buffer for the one that the memory lies in, which it returns and which is
-            then the caller's, so that memory is kept without a copy. It returns None where the
-            buffer does not fit; there the memory goes with the next window as ever.
+        digest: of the memory, if the channel that read it made one. ``memory`` is empty then, if the
+            contents were opened only to be compared.
+        filled: ``memory`` is a buffer with zeros where no data is: all may be read.
+        exchange: keeps the memory without a copy. Call it with a buffer of your own: it returns the
+            buffer that the memory lies in, which is yours then, and takes yours in its place. It
+            returns None if yours does not fit; then the memory goes with the next window as ever.
     """
 
     block_index: int

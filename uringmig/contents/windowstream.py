@@ -155,7 +155,7 @@ def read_in_order(
 def _fill(
     shared: ChannelFile, filler: WindowFiller, windows: Sequence[Window]
 ) -> Generator[_Filled, None, None]:
-    """Run the channels in a thread; whoever takes an item puts its buffer home afterwards."""
+    """Run the channels in a thread; whoever takes an item gives its buffer back afterwards."""
     ready: queue.Queue[_Filled | BaseException | None] = queue.Queue()
     stopping = threading.Event()
     works: list[_ReadWork] = []

@@ -32,7 +32,7 @@ from uringmig.units import MiB
 GREETING_TIMEOUT_S: Final = 10.0
 #: QMP commands used here answer at once unless QEMU's main loop is blocked, as by a slow disk.
 COMMAND_TIMEOUT_S: Final = 60.0
-#: No answer of QEMU's is longer; what is has no end.
+#: No answer of QEMU's is longer; one that is, is taken for endless.
 _MESSAGE_BYTES_MAX: Final = 64 * MiB
 #: Between two looks at a migration: short beside the shortest save, long beside a QMP round trip.
 POLL_S: Final = 0.02
@@ -436,7 +436,7 @@ def _connect(path: str, *, timeout_s: float) -> socket.socket:
             errno.EACCES: "no permission to connect to this QMP socket",
         }
         reason = reasons.get(error.errno or 0, f"cannot connect: {error}")
-        # A QEMU that is just being started listens in a moment; permission is not given in time.
+        # A QEMU that is just starting listens in a moment; a permission does not come by waiting.
         passing = error.errno in (errno.ECONNREFUSED, errno.EAGAIN)
         raise (BusyError if passing else PeerError)(f"{path}: {reason}") from None
     connection.setblocking(False)

@@ -32,7 +32,7 @@ from uringmig.storage.engine import Operation
 from uringmig.storage.mainfile import open_for_reading
 from uringmig.units import MiB
 
-#: A load is given up when it is slower than this, which no disk is, and ten minutes late.
+#: A load may take ten minutes, and its bytes at this rate besides; no disk is slower.
 _LOAD_BYTES_PER_S_LEAST: Final = MiB
 _LOAD_TIMEOUT_LEAST_S: Final = 600.0
 #: QEMU takes the first of these in a URI for the end of the path (file_parse_offset).

@@ -34,7 +34,7 @@ def choose_engine(name: EngineName) -> EngineChoice:
     Raises:
         HostError: ``io_uring`` was asked for and cannot be had; with the cause and the cure.
     """
-    # Engines are numpy's, which whoever only asks which one would run need not wait for.
+    # Engines import numpy, which takes long; who only asks which one would run does without.
     from uringmig.storage.pwrite import PwriteEngine
 
     if name == "pwrite":

@@ -153,7 +153,7 @@ def check_replaceable(path: str) -> None:
             cure="see chattr(1)",
         )
     try:
-        # Of a file this never removes anything; the kernel says first whether it might.
+        # rmdir(2) never removes a file, but tells whether this user might: that is checked first.
         os.rmdir(path)
     except OSError as error:
         if error.errno == errno.EPERM:

@@ -31,12 +31,12 @@ from uringmig.transfer.plan import Window
 from uringmig.transfer.slots import Transfer
 from uringmig.units import MiB
 
-#: Requests of less than a block may be more than ``depth``, within the same bytes: 4-KiB writes
-#: need about a hundred in flight to keep a disk busy, and fewer channels' worth of tags than 256.
+#: Small requests may be more than ``depth``, as long as they are no more bytes: 4-KiB writes need
+#: about a hundred in flight to keep a disk busy, so 256 are enough.
 _SLOTS_PER_DEPTH: Final = 16
 _SLOTS_MAX: Final = 256
-#: Copies of memory that O_DIRECT cannot take where it lies: a block for each slot, so a channel
-#: has no more slots than this many bytes make, unless its depth is more.
+#: Memory that O_DIRECT cannot take where it lies is copied to buffers, one block for each slot. A
+#: channel gets as many slots as fit into this many bytes, but never fewer than its depth.
 _BOUNCE_BYTES: Final = 16 * MiB
 #: How long one wait lasts before the channel looks whether it should stop.
 _WAIT_NS: Final = 200_000_000
@@ -347,9 +347,9 @@ class Round:
     def close(self) -> None:
         """Stop the channels, and wait until each has drained and ended.
 
-        An interrupt is raised after that: what is in flight uses memory and a descriptor that are
-        given back then. Wherever else one strikes here, calling again goes on with the rest; so
-        whoever gives them back calls this first, however often it was called before.
+        A signal that comes meanwhile is raised only afterwards, since requests in flight still use
+        memory and a descriptor. If this is cut short all the same, calling it again finishes what
+        is left; so whoever frees memory and descriptor calls it first in any case.
         """
         self._stopping.set()
         interrupt = None

@@ -1,6 +1,6 @@
 """Layout, memory and wanted pages to I/O requests: split, bridged, dealt.  Pure.
 
-Every number is asked for by name: `options` owns the defaults, so policy is written once.
+Nothing here has a default value: `options` has them all, so that each is said once.
 """
 
 from __future__ import annotations
@@ -52,9 +52,10 @@ def windows_of(page_counts: Sequence[int], *, window_pages: int) -> list[Window]
 def span_pages(page_count: int, options: TransferOptions) -> int:
     """Say how many pages a channel is to take at a time, of a guest of ``page_count`` pages.
 
-    As many as `SPAN_BYTES`; fewer where the device would run dry while a channel looks at more than
-    there may be in flight, where a channel would have fewer than `_SPANS_PER_CHANNEL` turns to even
-    out what others were slower at, and where a rate limit makes each last. Always whole windows.
+    Normally `SPAN_BYTES`. Fewer in three cases: where it is more than may be in flight, the device
+    would run dry while a channel looks at the next span; with fewer than `_SPANS_PER_CHANNEL` turns
+    each, channels would not end together; under a rate limit one span would take long. Always whole
+    windows.
     """
     window_pages = WINDOW_BYTES // PAGE_SIZE
     if options.rate:
