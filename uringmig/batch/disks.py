@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import socket
 import time
 from collections.abc import Iterator
@@ -24,10 +23,10 @@ from uringmig.storage.choice import choose_engine
 from uringmig.storage.directfile import open_direct
 from uringmig.storage.engine import Operation
 from uringmig.storage.nameless import nameless_file, path_of
+from uringmig.storage.place import BLOCK_DEVICES, device_name, mount_of, whole_disk
 from uringmig.storage.requests import IoBatch
 from uringmig.units import MiB
 
-_DEVICES: Final = Path("/sys/dev/block")
 _LEVELS_MAX: Final = 8
 _REQUEST_BYTES: Final = MiB
 #: Read or written at each depth; a tenth of a second of a middling disk.
@@ -49,11 +48,14 @@ def disks_of(path: str | os.PathLike[str]) -> tuple[Disk, ...]:
         number = at.stat().st_dev
     except OSError:
         return ()
-    nodes = [_DEVICES / f"{os.major(number)}:{os.minor(number)}"]
-    if not nodes[0].exists():
+    top = BLOCK_DEVICES / device_name(number)
+    if not top.exists():
         # btrfs and overlays have numbers of their own; what is mounted names the device.
-        nodes = [_DEVICES / node for node in _mounted_device(at.resolve())]
-    found = {node.name: node for top in nodes for node in _bottoms(top.resolve(), _LEVELS_MAX)}
+        device = _mounted_device(str(at))
+        if device is None:
+            return ()
+        top = BLOCK_DEVICES / device
+    found = {node.name: node for node in _bottoms(top.resolve(), _LEVELS_MAX)}
     return tuple(
         Disk(host=socket.gethostname(), name=name, requests_max=_tags(found[name]))
         for name in sorted(found)
@@ -114,31 +116,25 @@ class DiskUse:
         return min(1.0, (busy_ms - before[1]) / 1000 / seconds), (moved - before[2]) / seconds
 
 
-def _mounted_device(path: Path) -> Iterator[str]:
-    """Number of the device that is mounted where ``path`` is, as sysfs writes it, if it is one."""
-    sources: dict[Path, Path] = {}
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        left, _, right = line.partition(" - ")
-        # Spaces and the like in names are escaped as \\040; proc_pid_mountinfo(5).
-        point, source = (
-            Path(re.sub(r"\\(\d{3})", lambda octal: chr(int(octal[1], 8)), field))
-            for field in (left.split()[4], right.split()[1])
-        )
-        sources[point] = source
-    for folder in (path, *path.parents):
-        if folder in sources:
-            if sources[folder].is_block_device():
-                device = sources[folder].stat().st_rdev
-                yield f"{os.major(device)}:{os.minor(device)}"
-            return
+def _mounted_device(path: str) -> str | None:
+    """Number of the block device that is mounted where ``path`` is; None: none can be seen."""
+    try:
+        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        return mount_of(fd, path).device
+    except StorageError:
+        return None
+    finally:
+        os.close(fd)
 
 
 def _bottoms(node: Path, levels: int) -> Iterator[Path]:
     """The whole disks below a block device's folder in sysfs."""
     if not node.exists():
         return
-    if (node / "partition").exists():
-        node = node.parent
+    node = whole_disk(node)
     slaves = list((node / "slaves").glob("*"))
     backing = node / "loop" / "backing_file"
     if levels and slaves:
@@ -156,7 +152,7 @@ def _backing_device(backing: Path) -> Path | None:
         number = Path(backing.read_text().rstrip("\n")).stat().st_dev
     except OSError:
         return None
-    node = _DEVICES / f"{os.major(number)}:{os.minor(number)}"
+    node = BLOCK_DEVICES / device_name(number)
     return node.resolve() if node.exists() else None
 
 

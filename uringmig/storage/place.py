@@ -1,9 +1,14 @@
-"""Which device and file system a folder is on, told so that it can be recognised later."""
+"""Which device and file system a folder is on, told so that it can be recognised later.
+
+A device is named as sysfs does: ``major:minor``.
+"""
 
 from __future__ import annotations
 
 import os
 import re
+import stat
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -11,7 +16,8 @@ import msgspec
 
 from uringmig.errors import StorageError
 
-_BLOCK_DEVICES: Final = "/sys/dev/block"
+#: The folder of each block device, by its number.
+BLOCK_DEVICES: Final = Path("/sys/dev/block")
 _BY_ID: Final = "/dev/disk/by-id"
 
 
@@ -20,7 +26,7 @@ class Place(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     Attributes:
         filesystem: its kind, as in ``/proc/mounts``.
-        device: ``major:minor``; of a file system without a device, the kernel's number for it.
+        device: its number; of a file system without a device, the kernel's number for it.
         source: what is mounted, such as ``/dev/vda1`` or ``server:/export``.
         identity: what stays the same over a reboot: by-id link, serial number, or None.
         model: as the device says, or None.
@@ -41,6 +47,23 @@ class Place(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         return (self.device, self.model) == (other.device, other.model)
 
 
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """What is mounted somewhere.
+
+    Attributes:
+        filesystem: its kind.
+        number: that the kernel gave the file system; btrfs and overlays have some of their own.
+        source: what was mounted.
+        device: number of the block device that ``source`` is; None if it is none.
+    """
+
+    filesystem: str
+    number: str
+    source: str
+    device: str | None
+
+
 def place_of(folder: str) -> Place:
     """Find out what a folder is on.
 
@@ -52,28 +75,29 @@ def place_of(folder: str) -> Place:
     except OSError as error:
         raise StorageError("cannot open the folder", errno=error.errno, path=folder) from None
     try:
-        device, filesystem, source = _mount_of(fd, folder)
+        mount = mount_of(fd, folder)
     finally:
         os.close(fd)
-    # btrfs numbers its subvolumes by itself; the device is what was mounted.
-    try:
-        status = os.stat(source)
-    except OSError:
-        status = None
-    if status is None or not status.st_rdev:
-        return Place(filesystem=filesystem, device=device, source=source, identity=source)
-    device = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
+    source = mount.source
+    if mount.device is None:
+        return Place(
+            filesystem=mount.filesystem, device=mount.number, source=source, identity=source
+        )
     return Place(
-        filesystem=filesystem,
-        device=device,
+        filesystem=mount.filesystem,
+        device=mount.device,
         source=source,
-        identity=_identity(device),
-        model=_attribute(_disk(device), "device/model"),
+        identity=_identity(mount.device),
+        model=_attribute(whole_disk(BLOCK_DEVICES / mount.device), "device/model"),
     )
 
 
-def _mount_of(fd: int, folder: str) -> tuple[str, str, str]:
-    """Find device number, kind and source of the mount that a descriptor is on (proc(5))."""
+def mount_of(fd: int, path: str) -> Mount:
+    """Find the mount that a descriptor is on (proc(5)).
+
+    Raises:
+        StorageError: the kernel does not tell; names ``path``.
+    """
     info = Path(f"/proc/self/fdinfo/{fd}").read_text()
     number = re.search(r"^mnt_id:\s*(\d+)$", info, re.MULTILINE)
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
@@ -82,8 +106,29 @@ def _mount_of(fd: int, folder: str) -> tuple[str, str, str]:
         fields = before.split()
         if number is not None and fields[0] == number[1]:
             kind, source = after.split(" ")[:2]
-            return fields[2], kind, _unescape(source)
-    raise StorageError("cannot tell which file system this is", path=folder)
+            source = _unescape(source)
+            return Mount(kind, fields[2], source, _device_at(source))
+    raise StorageError("cannot tell which file system this is", path=path)
+
+
+def device_name(number: int) -> str:
+    """A device's number, ``st_dev`` or ``st_rdev``, as sysfs writes it."""
+    return f"{os.major(number)}:{os.minor(number)}"
+
+
+def whole_disk(device: Path) -> Path:
+    """The folder of the whole disk that a block device, by its folder, is, or is a part of."""
+    folder = device.resolve()
+    return folder.parent if (folder / "partition").exists() else folder
+
+
+def _device_at(source: str) -> str | None:
+    """Number of the device that was mounted; None where it was none."""
+    try:
+        status = os.stat(source)
+    except OSError:
+        return None
+    return device_name(status.st_rdev) if stat.S_ISBLK(status.st_mode) else None
 
 
 def _unescape(text: str) -> str:
@@ -91,26 +136,20 @@ def _unescape(text: str) -> str:
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
 
 
-def _disk(device: str) -> Path:
-    """The folder in /sys of the whole disk a block device is, or is a part of."""
-    folder = Path(_BLOCK_DEVICES, device).resolve()
-    return folder.parent if (folder / "partition").exists() else folder
-
-
 def _identity(device: str) -> str | None:
     """What a block device is called by itself: by-id link, mapper id, or the disk's serial."""
-    name = Path(_BLOCK_DEVICES, device).resolve().name
+    name = (BLOCK_DEVICES / device).resolve().name
     links = Path(_BY_ID)
     if links.is_dir():
         for link in sorted(links.iterdir()):
             if link.resolve().name == name:
                 return link.name
-    disk = _disk(device)
+    disk = whole_disk(BLOCK_DEVICES / device)
     # The backing file says which loop device it is; its number is whichever was free.
     for attribute in ("dm/uuid", "loop/backing_file", "wwid", "device/serial", "serial"):
         value = _attribute(disk, attribute)
         if value is not None:
-            part = _attribute(Path(_BLOCK_DEVICES, device), "partition")
+            part = _attribute(BLOCK_DEVICES / device, "partition")
             return value if part is None else f"{value}-part{part}"
     return None
 
