@@ -57,8 +57,8 @@ class WindowRead:
         data: what may be nonzero, in bytes from the window's start; None is all of it. Everything
             else is zero, and must not be touched unless ``filled``: it may be a hole of shared
             memory.
-        digest: of the memory, if the channel that read it made one. ``memory`` is empty then, if the
-            contents were opened only to be compared.
+        digest: of the memory, if the channel that read it made one. Of contents that were opened
+            only to be compared, ``memory`` is empty then.
         filled: ``memory`` is a buffer with zeros where no data is: all may be read.
         exchange: keeps the memory without a copy. Call it with a buffer of your own: it returns the
             buffer that the memory lies in, which is yours then, and takes yours in its place. It
