@@ -69,7 +69,12 @@ FURTHER: Final = (
     ),
 )
 #: What public classes inherit from and is documented there.
-BASES: Final = ("options.TransferOptions", "errors.BytesError")
+BASES: Final = (
+    "options.TransferOptions",
+    "errors.BytesError",
+    "archive.record.EntryRecord",
+    "image.manifest.ArchiveFields",
+)
 _WIDTH: Final = 92
 
 
@@ -111,11 +116,11 @@ def reference() -> str:
         "`from uringmig import NAME`. Everything below is one import away.",
         *(_documented(loader, path) for path in public),
     ]
-    parts += ["## Bases of the above", "Not to be imported; here for what their heirs share."]
-    parts += [_documented(loader, f"{PACKAGE}.{name}") for name in BASES]
     for title, sentence, names in FURTHER:
         parts += [f"## {title}", sentence]
         parts += [_documented(loader, _defined(package, title, name), where=True) for name in names]
+    parts += ["## Bases of the above", "Not to be imported; here for what their heirs share."]
+    parts += [_documented(loader, f"{PACKAGE}.{name}") for name in BASES]
     return "\n\n".join(parts) + "\n"
 
 
