@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,7 +16,8 @@ from realguest import StartMachine, shared_path
 
 from uringmig.errors import PeerError
 from uringmig.qemu.backing import open_backing
-from uringmig.qemu.monitor import CommandError, Monitor, RamBackend
+from uringmig.qemu.monitor import Monitor, RamBackend
+from uringmig.qemu.qmp import CommandError
 from uringmig.qemu.sharedram import mapped_memories
 from uringmig.testing.machine import Machine
 from uringmig.units import MiB
@@ -115,6 +117,42 @@ def test_peer_never_answers(tmp_path: Path) -> None:
         pytest.raises(PeerError, match="did not answer query-status within"),
     ):
         monitor.run_state()
+
+
+def test_a_late_answer_is_not_taken_for_the_next_one(tmp_path: Path) -> None:
+    """A command that was given up is answered all the same, beside events that nobody asked for."""
+
+    def behave(connection: socket.socket) -> None:
+        greet(connection)
+        first = json.loads(connection.recv(4096))
+        second = json.loads(connection.recv(4096))
+        say(connection, {"event": "STOP", "timestamp": {}})
+        say(connection, {"return": {"status": "late"}, "id": first["id"]})
+        say(connection, {"return": {"status": "running"}, "id": second["id"]})
+        until_closed(connection)
+
+    with peer(tmp_path, behave) as path, Monitor(path, command_timeout_s=0.1) as monitor:
+        with pytest.raises(PeerError, match="did not answer"):
+            monitor.run_state()
+        monitor._command_timeout_s = 60.0
+        assert monitor.run_state() == "running"
+
+
+@pytest.mark.parametrize("size", [1, 7, 64])
+def test_an_answer_comes_in_any_pieces(tmp_path: Path, size: int) -> None:
+    answer = {"return": {"status": "running", "text": "\u2028 \n}\r\n { end"}, "id": 2}
+
+    def behave(connection: socket.socket) -> None:
+        greet(connection)
+        connection.recv(4096)
+        text = json.dumps(answer, indent=4).replace("\n", "\r\n").encode() + b"\r\n"
+        for start in range(0, len(text), size):
+            connection.sendall(text[start : start + size])
+            time.sleep(0.001)
+        until_closed(connection)
+
+    with peer(tmp_path, behave) as path, Monitor(path) as monitor:
+        assert monitor.execute("query-status") == answer["return"]
 
 
 def test_peer_dies_during_a_command(tmp_path: Path) -> None:

@@ -1,39 +1,28 @@
 """A running QEMU seen through its QMP socket: run state, migration, settings.
 
-Synchronous, over the QEMU project's own client (`qemu.qmp`), whose event loop is private to the
-`Monitor` and runs only while one of its methods does. One thread at a time. Every failure of the
-peer is a `PeerError` of one line. What was changed through `saved_settings` is put back.
+Synchronous, one thread at a time. Every failure of the peer is a `PeerError` of one line. What was
+changed through `saved_settings` is put back.
 """
 
 from __future__ import annotations
 
-import asyncio
-import errno
-import logging
 import os
 import re
-import socket
-import struct
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
-from qemu.qmp import ConnectError, ExecuteError, Message, QMPClient, QMPError
-from qemu.qmp.error import ProtocolError
-
 from uringmig import signals
-from uringmig.errors import BusyError, PeerError
+from uringmig.errors import PeerError
 from uringmig.qemu.address import socket_path
-from uringmig.units import MiB
+from uringmig.qemu.qmp import CommandError, QmpConnection
 
 #: A QEMU greets at once; one that does not within this time is stopped or talks to another client.
 GREETING_TIMEOUT_S: Final = 10.0
 #: QMP commands used here answer at once unless QEMU's main loop is blocked, as by a slow disk.
 COMMAND_TIMEOUT_S: Final = 60.0
-#: No answer of QEMU's is longer; one that is, is taken for endless.
-_MESSAGE_BYTES_MAX: Final = 64 * MiB
 #: Between two looks at a migration: short beside the shortest save, long beside a QMP round trip.
 POLL_S: Final = 0.02
 
@@ -45,9 +34,6 @@ _RAMBLOCK_LINE: Final = re.compile(
     r"\s*(?P<idstr>\S.*?)\s+\d+ .?i?B\s+0x[0-9a-f]+\s+0x(?P<used>[0-9a-f]+)"
     r"\s+0x(?P<total>[0-9a-f]+)(?:\s+0x(?P<address>[0-9a-f]+))?.*"
 )
-
-# Without a handler of its own the client's log would go to stderr beside our one-line error.
-logging.getLogger("qemu").addHandler(logging.NullHandler())
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,25 +96,8 @@ class RamBackend:
     idstr: str | None
 
 
-class _Client(QMPClient):
-    """A client that also understands a monitor with ``pretty=on``, whose messages have lines."""
-
-    async def _do_recv(self) -> Message:
-        text = await self._readline()
-        if text.startswith(b"QEMU ") and b" monitor - " in text:
-            raise ProtocolError("it is QEMU's human monitor; QMP has mode=control")
-        if text.strip() == b"{":
-            while not text.endswith((b"\n}\r\n", b"\n}\n")):
-                if len(text) > _MESSAGE_BYTES_MAX:
-                    raise ProtocolError("a message that does not end")
-                text += await self._readline()
-        return Message(text, eager=True)
-
-
 class Monitor:
     """A connection to one QEMU's QMP socket; a context manager that closes it.
-
-    Not for use inside a running asyncio event loop.
 
     Args:
         path: the QMP unix socket, or QEMU's ``unix:PATH``.
@@ -155,38 +124,14 @@ class Monitor:
     ) -> None:
         self.path = socket_path(os.fspath(path))
         self._command_timeout_s = command_timeout_s
-        self._client = _Client("uringmig")
-        connection = _connect(self.path, timeout_s=greeting_timeout_s)
-        self.peer_pid = _peer_pid(connection)
-        self._runner = asyncio.Runner()
-        try:
-            self._greet(connection, timeout_s=greeting_timeout_s)
-        except BaseException:
-            connection.close()
-            self._runner.close()
-            raise
+        self._connection = QmpConnection(self.path, timeout_s=greeting_timeout_s)
+        self.peer_pid = self._connection.peer_pid
         self.qemu_version = self._version()
-
-    def _greet(self, connection: socket.socket, *, timeout_s: float) -> None:
-        """Take the greeting and negotiate; see the class for what it raises."""
-        try:
-            self._runner.run(_within(self._client.connect(connection), timeout_s))
-        except TimeoutError:
-            raise BusyError(
-                f"{self.path}: no QMP greeting within {timeout_s:g} s; "
-                "another client is connected to it, QEMU does not respond, or it is no QMP socket"
-            ) from None
-        except ConnectError as error:
-            if isinstance(error.exc, EOFError | ConnectionError):
-                raise PeerError(f"{self.path}: the peer closed the connection") from None
-            reason = str(error.exc).partition("\n")[0]
-            raise PeerError(f"{self.path}: not a QMP socket ({reason})") from None
 
     def _version(self) -> tuple[int, int, int]:
         """The version the greeting named."""
-        greeting = self._client.greeting
         try:
-            number: Any = {} if greeting is None else greeting.QMP.version["qemu"]
+            number: Any = self._connection.greeting["QMP"]["version"]["qemu"]
             return int(number["major"]), int(number["minor"]), int(number["micro"])
         except (KeyError, TypeError, ValueError):
             self.close()
@@ -194,10 +139,7 @@ class Monitor:
 
     def close(self) -> None:
         """Close the connection; does nothing the second time."""
-        # The peer may have gone away meanwhile; there is nothing left to say to it.
-        with signals.deferred(), suppress(QMPError, EOFError, OSError, TimeoutError):
-            self._runner.run(_within(self._client.disconnect(), self._command_timeout_s))
-        self._runner.close()
+        self._connection.close()
 
     def __enter__(self) -> Self:
         return self
@@ -216,18 +158,7 @@ class Monitor:
             CommandError: QEMU refused.
             PeerError: QEMU did not answer in time, or closed the connection.
         """
-        return self._execute(command, arguments, timeout_s=self._command_timeout_s)
-
-    def _execute(self, command: str, arguments: dict[str, Any], *, timeout_s: float) -> Any:
-        """As `execute`, with a limit for this one answer."""
-        try:
-            return self._runner.run(_within(self._client.execute(command, arguments), timeout_s))
-        except ExecuteError as error:
-            raise CommandError(command, error.error.error.desc) from None
-        except TimeoutError:
-            raise PeerError(f"QEMU did not answer {command} within {timeout_s:g} s") from None
-        except (QMPError, EOFError, OSError) as error:
-            raise PeerError(f"QEMU went away during {command} ({error})") from None
+        return self._connection.execute(command, arguments, timeout_s=self._command_timeout_s)
 
     def human(self, command_line: str) -> str:
         """Run one line of the human monitor and return its output."""
@@ -239,10 +170,7 @@ class Monitor:
         Raises:
             PeerError: QEMU did not take it.
         """
-        try:
-            self._client.send_fd_scm(fd)
-        except (QMPError, OSError) as error:
-            raise PeerError(f"QEMU did not take a descriptor ({error})") from None
+        self._connection.send_descriptor(fd)
         self.execute("getfd", fdname=name)
 
     def run_state(self) -> str:
@@ -360,7 +288,7 @@ class Monitor:
         return self._migration(timeout_s=self._command_timeout_s)
 
     def _migration(self, *, timeout_s: float) -> Migration:
-        info = self._execute("query-migrate", {}, timeout_s=timeout_s)
+        info = self._connection.execute("query-migrate", {}, timeout_s=timeout_s)
         error = info.get("error-desc")
         return Migration(
             status=str(info.get("status", "none")),
@@ -386,66 +314,3 @@ class Monitor:
             if migration.ended:
                 return migration
             time.sleep(POLL_S)
-
-
-class CommandError(PeerError):
-    """QEMU understood a command and refused it.
-
-    Attributes:
-        command: its QMP name.
-        description: QEMU's own words.
-    """
-
-    def __init__(self, command: str, description: str) -> None:
-        self.command = command
-        self.description = description
-        super().__init__(f"QEMU refused {command}: {description}")
-
-
-async def _within(awaitable: Any, limit_s: float) -> Any:
-    """Await with a limit; a signal that asks to stop ends it too.
-
-    The loop alone would not wake up for one: its handler raises nothing.
-    """
-    task = asyncio.ensure_future(awaitable)
-    try:
-        async with asyncio.timeout(limit_s):
-            while not task.done():
-                signals.look()
-                await asyncio.wait({task}, timeout=signals.LOOK_SECONDS)
-    finally:
-        if not task.done():
-            task.cancel()
-            await asyncio.wait({task})
-    return task.result()
-
-
-def _connect(path: str, *, timeout_s: float) -> socket.socket:
-    """Connect to a unix socket; the error says which of the usual mistakes it is."""
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    # With a limit the socket is non-blocking underneath: a full backlog then is EAGAIN at once.
-    connection.settimeout(timeout_s)
-    try:
-        connection.connect(path)
-    except OSError as error:
-        connection.close()
-        reasons = {
-            errno.ENOENT: "no such QMP socket",
-            errno.ECONNREFUSED: "nobody listens on this socket (QEMU ended, or it is no socket)",
-            errno.EAGAIN: "other clients already wait for this QMP socket",
-            errno.EACCES: "no permission to connect to this QMP socket",
-        }
-        reason = reasons.get(error.errno or 0, f"cannot connect: {error}")
-        # A QEMU that is just starting listens in a moment; a permission does not come by waiting.
-        passing = error.errno in (errno.ECONNREFUSED, errno.EAGAIN)
-        raise (BusyError if passing else PeerError)(f"{path}: {reason}") from None
-    connection.setblocking(False)
-    return connection
-
-
-def _peer_pid(connection: socket.socket) -> int:
-    """The process that listens at the other end.  Linux: struct ucred, unix(7)."""
-    credentials = struct.Struct("=iII")
-    packed = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, credentials.size)
-    pid: int = credentials.unpack(packed)[0]
-    return pid

@@ -26,7 +26,8 @@ from uringmig.options import PAGE_SIZE, WINDOW_BYTES, DirectMode
 from uringmig.pages import bitmap
 from uringmig.pages.zero import nonzero_pages
 from uringmig.qemu.backing import open_backing
-from uringmig.qemu.monitor import CommandError, HostBlock, Monitor, RamBackend
+from uringmig.qemu.monitor import HostBlock, Monitor, RamBackend
+from uringmig.qemu.qmp import CommandError
 from uringmig.storage.directfile import open_direct
 from uringmig.storage.engine import Operation
 from uringmig.storage.mainfile import open_for_reading

@@ -29,7 +29,8 @@ from uringmig.memory.source import MemorySource
 from uringmig.options import WriteOptions
 from uringmig.progress import ProgressCallback
 from uringmig.qemu.backing import open_backing
-from uringmig.qemu.monitor import POLL_S, CommandError, Monitor
+from uringmig.qemu.monitor import POLL_S, Monitor
+from uringmig.qemu.qmp import CommandError
 from uringmig.qemu.receiving import receive
 from uringmig.result import SaveResult
 from uringmig.writer import MappedRamWriter, RamBlock
