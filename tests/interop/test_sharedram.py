@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -241,7 +242,9 @@ def test_another_clients_migration_is_left_alone(
     monkeypatch.setattr(sharedram, "_ENDING_SECONDS", 0.2)
     with Monitor(machine.qmp_path) as monitor, pytest.raises(PeerError, match="refused"):
         save_shared(monitor, tmp_path / "vm.mig")
-    assert machine.monitor.migration().status == "active"
+    while (status := machine.monitor.migration().status) == "setup":
+        time.sleep(0.01)
+    assert status == "active"
     machine.monitor.execute("migrate_cancel")
     machine.monitor.wait_for_migration(timeout_s=60)
 
