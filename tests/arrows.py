@@ -77,7 +77,8 @@ ARROWS: Final[dict[str, tuple[str, ...]]] = {
         "storage", "writer",
     ),
     "qemu.address": (),
-    "qemu.monitor": ("qemu.address", "signals"),
+    "qemu.monitor": ("qemu.address", "qemu.qmp", "signals"),
+    "qemu.qmp": ("signals",),
     "contents": (
         "format", "image", "memory", "pages", "progress", "reader", "signals", "storage",
         "transfer",
