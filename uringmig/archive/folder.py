@@ -71,7 +71,7 @@ def has_archive(folder: Path) -> bool:
 
 
 def _check_writable(folder: Path, what: str, path: Path) -> None:
-    """Refuse a folder in which this process can make no file; which is not tried.
+    """Refuse a folder in which this process may make no file, by its permissions alone.
 
     Raises:
         StorageError: says ``what``, of ``path``.

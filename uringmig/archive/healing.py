@@ -132,7 +132,7 @@ def _write_down(
             if rows:
                 catalogue.put(rows)
         except StorageError:
-            # Stamps alone only save reading.
+            # If only stamps are new, nothing is lost: they save a later reader some reading.
             if not all(_is_known(row, known) for row in rows):
                 raise
         catalogue.clear_log()

@@ -222,7 +222,7 @@ class _HotWork:
         self._options = options
         self._done = copy.done
         self._counters = counters
-        # One more: of a window with nothing to write the digest is still to be made.
+        # One more, for a window with nothing to write whose digest is still to be made.
         self._free = [aligned_buffer(WINDOW_BYTES) for _ in range(self.windows_max + 1)]
         self._open: dict[Window, TakenWindow] = {}
         self._half: set[Window] = set()
@@ -241,7 +241,7 @@ class _HotWork:
         )
         self._guest.note(held.row, pages.bits)
         if self._slots is not None:
-            # Not bridged: a page that is written again is shared no more.
+            # Not bridged: to write a gap would end the sharing of its pages.
             runs = runs_from_bits(self._slots.differing(held, pages.stored, self._slot_buffer))
         else:
             runs = pages.runs(self._options.bridge)

@@ -144,7 +144,7 @@ def look_at(
     if trouble:
         at = datetime.now(UTC).isoformat(timespec="seconds")
         places.setdefault(STREAM_CHUNK, Damage(STREAM_CHUNK, trouble, at))
-        # Files that come back are not those that were found good.
+        # Files that come back later may be others than those that were found good.
         entry = structs.replace(entry, verified_at=None, verify_cursor=0)
     noted_places = {one.chunk for one in note.damage} if note else set()
     stored = Row(entry, stamp)

@@ -47,7 +47,7 @@ def remove_entries(catalogue: Catalogue, images: Sequence[Path]) -> list[str]:
         gone = [image for image in images if not _has_files(image)]
         troubles = _trouble_with(lambda: catalogue.drop(_names(gone)))
     if troubles:
-        # Its rows would make lost entries of what was removed; it is expendable.
+        # By its rows, what was removed would count as lost. The catalogue is expendable.
         catalogue.remove()
         troubles.append(f"{catalogue.path} was removed, since it cannot be changed")
     return troubles

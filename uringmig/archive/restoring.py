@@ -143,7 +143,7 @@ def restore_into(
         PeerError: QEMU does not wait for a load, refused, failed, or went away.
     """
     with open_entry(archive.find(name), options=read) as opened:
-        # Its windows are compared by who sends them.
+        # For its check of what is no window; `stream_into` compares the windows.
         CheckedContents(opened)
         return stream_into(monitor, opened.contents, digests=opened.digests, progress=progress)
 

@@ -86,7 +86,7 @@ def _by_rules(
     past = [entry for entry in reversed(entries) if entry.created_time <= now]
     sound = [entry for entry in past if entry.is_sound]
     for (rule, period), count in zip(_RULES, counts, strict=True):
-        # Of all, so that damage makes nothing go that would stay without it; and of the sound.
+        # The first of all, so that damage to one never makes another go; and the first sound ones.
         chosen = {entry.name for few in (past, sound) for entry in _first(few, period, count)}
         for entry in past:
             if entry.name in chosen:

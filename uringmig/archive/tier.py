@@ -19,8 +19,8 @@ from uringmig.image.manifest import ArchiveFields, ArchiveManifest, Tier
 from uringmig.options import PAGE_SIZE
 from uringmig.pages import bitmap
 
-#: Contents of these kinds are views of a mapping: they are written from where they lie, and what
-#: changes as it goes is not copied a second time from the middle on.
+#: Contents of these kinds are views of mapped memory: they are written from where they lie. A copy
+#: of them cannot go on after an interruption, since the memory may have changed meanwhile.
 LIVE_KINDS: Final = frozenset({"memory"})
 
 

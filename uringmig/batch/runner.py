@@ -264,7 +264,7 @@ class Run:
                 self._enter(state, "stopped")
 
     def _take_in(self, messages: Sequence[Message]) -> None:
-        """Keep progress; and let the next job have the disk before the last one is written down."""
+        """Keep progress; begin the next job before the last one is written down: no disk waits."""
         outcomes = []
         for message in messages:
             state = self._by_name[message.key]
@@ -297,7 +297,7 @@ class Run:
                     self._begin(state, job, rate)
 
     def _crowded(self, state: JobState) -> bool:
-        """Say whether memory and the like must first be left by others, or are left to another."""
+        """Say whether another job runs on its host while one of the two is to run alone there."""
         return any(
             (state.alone or other.alone) and other.job.host == state.job.host
             for other in self._states

@@ -40,7 +40,7 @@ Then = Literal["cont", "quit", "leave"]
 
 #: Run states from which QEMU migrates. From postmigrate it does not, until ``cont``.
 _SAVED_FROM: Final = frozenset({"running", "paused", "prelaunch", "suspended", "shutdown"})
-#: Where it does not stay: a migration is ending (its saver was killed, say), or coming in.
+#: Run states that pass by themselves: a migration is ending (its saver was killed) or coming in.
 _PASSED_THROUGH: Final = frozenset({"finish-migrate", "inmigrate"})
 #: Capabilities that would change the stream or who may stop the guest; unknown ones are left out.
 _SWITCHED_OFF: Final = (
