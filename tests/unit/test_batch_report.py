@@ -6,10 +6,11 @@ import msgspec
 import pytest
 
 from uringmig.batch.job import Job, parse_jobs
-from uringmig.batch.messages import Archived, Outcome, Progress
+from uringmig.batch.messages import Archived, Outcome
 from uringmig.batch.metrics import render
 from uringmig.batch.report import describe_run, render_markdown
 from uringmig.batch.state import DiskView, JobState, RunView, Stage, Summary
+from uringmig.progress import Snapshot
 from uringmig.units import MiB
 
 
@@ -69,9 +70,9 @@ def test_a_report_names_failures_first_and_no_text_breaks_its_line() -> None:
 
 def test_metrics_are_one_family_after_the_other() -> None:
     running = make_state("web2", "running")
-    running.progress = Progress(
-        key="web2", phase="write", total_bytes=4, finished_bytes=1, completed_bytes=10,
-        seconds=2.0,
+    running.progress = Snapshot(
+        phase="write", total_bytes=4, scanned_bytes=2, zero_bytes=0, finished_bytes=1,
+        completed_bytes=10, in_flight_bytes=0, seconds=2.0, channels=(10,),
     )  # fmt: skip
     view = RunView(
         jobs=[make_state("web1", "done"), running, make_state("bad", "failed", exit_code=4)],

@@ -22,6 +22,7 @@ from uringmig.errors import (
     StorageError,
     UringmigError,
 )
+from uringmig.progress import Snapshot
 
 #: How an attempt ended. ``lost``: its worker died; ``stopped``: the runner asked for it.
 Ending = Literal["done", "failed", "stopped", "lost"]
@@ -95,29 +96,10 @@ Order = Examine | Measure | Attempt
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True, tag="progress"):
-    """How far an attempt is; bytes and seconds, as in `uringmig.progress.Snapshot`."""
+    """How far an attempt is."""
 
     key: str
-    phase: str
-    total_bytes: int
-    finished_bytes: int
-    completed_bytes: int
-    seconds: float
-
-    @property
-    def share(self) -> float:
-        """Finished part, 0.0 to 1.0."""
-        return self.finished_bytes / self.total_bytes if self.total_bytes else 1.0
-
-    @property
-    def rate(self) -> float:
-        """Bytes a second moved so far."""
-        return self.completed_bytes / self.seconds if self.seconds > 0 else 0.0
-
-    @property
-    def seconds_left(self) -> float | None:
-        """Estimate at the present pace; None while nothing is finished."""
-        return self.seconds * (1 - self.share) / self.share if self.share > 0 else None
+    snapshot: Snapshot
 
 
 class Estimate(msgspec.Struct, frozen=True, kw_only=True, tag="estimate"):

@@ -269,7 +269,7 @@ class Run:
         for message in messages:
             state = self._by_name[message.key]
             if isinstance(message, Progress):
-                state.progress = message
+                state.progress = message.snapshot
             else:
                 self._admission.release(state.job)
                 outcomes.append((state, message))

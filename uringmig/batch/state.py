@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Final, Literal, Protocol
 
 from uringmig.batch.job import Job
-from uringmig.batch.messages import Archived, Estimate, Outcome, Progress
+from uringmig.batch.messages import Archived, Estimate, Outcome
+from uringmig.progress import Snapshot
 from uringmig.signals import SIGNAL_EXIT_CODE
 
 #: ``waiting`` for its disks, a worker or another try; the last four are final.
@@ -48,7 +49,7 @@ class JobState:
     timed_out: bool = False
     alone: bool = False
     estimate: Estimate | None = None
-    progress: Progress | None = None
+    progress: Snapshot | None = None
     archived: Archived | None = None
     kind: str = ""
     error: str = ""

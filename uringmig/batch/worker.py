@@ -70,7 +70,7 @@ def attempt(order: Order, work: CarryOut, say: Callable[[Message], None]) -> Out
     def tell(snapshot: Snapshot) -> None:
         look()
         memory.look()
-        say(_progress(order.key, snapshot))
+        say(Progress(key=order.key, snapshot=snapshot))
 
     try:
         outcome = Outcome(key=order.key, ending="done", result=work(order, tell))
@@ -88,18 +88,6 @@ def attempt(order: Order, work: CarryOut, say: Callable[[Message], None]) -> Out
     memory.look()
     worker = f"{socket.gethostname()}:{os.getpid()}"
     return msgspec.structs.replace(outcome, peak_bytes=memory.peak_bytes, worker=worker)
-
-
-def _progress(key: str, snapshot: Snapshot) -> Progress:
-    """A snapshot as a message."""
-    return Progress(
-        key=key,
-        phase=snapshot.phase,
-        total_bytes=snapshot.total_bytes,
-        finished_bytes=snapshot.finished_bytes,
-        completed_bytes=snapshot.completed_bytes,
-        seconds=snapshot.seconds,
-    )
 
 
 def _listen(connection: socket.socket, orders: queue.SimpleQueue[Order]) -> None:
