@@ -97,6 +97,11 @@ FUNCTION_LINES_MAX: Final = 70
 VAGUE_NAMES: Final = frozenset(
     ["util", "utils", "helper", "helpers", "common", "base", "manager", "managers", "misc"]
 )
+#: What pathlib asks of a file by name.
+QUESTIONS: Final = frozenset(
+    {"exists", "is_dir", "is_file", "is_mount", "is_socket", "is_fifo", "is_block_device",
+     "is_char_device"}
+)  # fmt: skip
 VAGUE_CLASS: Final = re.compile(r"(Utils?|Helpers?|Managers?|Common)$")
 OPEN_END: Final = re.compile(r"\b(TO" + r"DO|FIX" + r"ME|XX" + r"X)\b(?!\(\w+\): \S)")
 
@@ -186,6 +191,22 @@ def only_output_prints(module: Module) -> Iterator[str]:
             yield f"{node.lineno}: only cli/output.py prints"
 
 
+def questions_raise_nothing(module: Module) -> Iterator[str]:
+    """Pathlib's raise where a folder may not be searched or a name is too long; os.path's say no.
+
+    Whoever opens the file then is told why.
+    """
+    if not module.in_package:
+        return
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            of = node.func.value
+            if node.func.attr in QUESTIONS and not (
+                isinstance(of, ast.Attribute) and of.attr == "path"
+            ):
+                yield f"{node.lineno}: Path.{node.func.attr} raises where os.path's says no"
+
+
 def errors_have_names(module: Module) -> Iterator[str]:
     for node in ast.walk(module.tree):
         if isinstance(node, ast.ExceptHandler) and node.type is None:
@@ -222,6 +243,7 @@ RULES: Final[tuple[Callable[[Module], Iterator[str]], ...]] = (
     sizes_are_bounded,
     only_output_prints,
     errors_have_names,
+    questions_raise_nothing,
     nothing_is_left_open,
     names_say_something,
 )
@@ -334,6 +356,8 @@ BAD: Final[list[tuple[Callable[[Module], Iterator[str]], str, str]]] = [
     (errors_have_names, "plan", "try:\n    pass\nexcept:\n    pass"),
     (errors_have_names, "plan", "raise Exception('x')"),
     (errors_have_names, "plan", "raise BaseException"),
+    (questions_raise_nothing, "profile", "there = Path(name).exists()"),
+    (questions_raise_nothing, "batch.disks", "block = nodes[0].is_block_device()"),
     (nothing_is_left_open, "plan", "x = 1  # TO" + "DO later"),
     (nothing_is_left_open, "plan", "# FIX" + "ME"),
     (names_say_something, "storage.utils", ""),
@@ -357,6 +381,7 @@ GOOD: Final[list[tuple[Callable[[Module], Iterator[str]], str, str]]] = [
     (sizes_are_bounded, "plan", LONG.replace("    pass\n", "", 1)),
     (only_output_prints, "cli.output", "print('x')"),
     (errors_have_names, "plan", "raise ValueError('x')"),
+    (questions_raise_nothing, "profile", "there = os.path.exists(name)"),
     (nothing_is_left_open, "plan", "# TO" + "DO(ann): when Python 3.11 is gone"),
     (names_say_something, "cli.output", "class Plan:\n    pass"),
 ]

@@ -244,7 +244,7 @@ class Catalogue:
             yield connection
 
     def _connect(self, mode: str) -> sqlite3.Connection:
-        regular = os.path.isfile(self.path)  # noqa: PTH113 - which may raise
+        regular = os.path.isfile(self.path)
         if mode != "rwc" and self.exists and not regular:
             raise FormatError(f"{self.path}: the catalogue is not a regular file; {CURE}")
         # It would be played in by opening the file, and for good by closing it.

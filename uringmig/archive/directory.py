@@ -162,7 +162,9 @@ class Archive:
         """
         seen = self._find(name)
         if seen.row is None:
-            raise StateError(f"{self.path}: no entry {name!r} among its {len(self.entries())}")
+            why = f": {seen.problem}" if seen.problem else ""
+            count = len(self.entries())
+            raise StateError(f"{self.path}: no entry {name!r} among its {count}{why}")
         return seen.row.entry
 
     def damage(self, name: str) -> list[Damage]:

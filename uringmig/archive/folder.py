@@ -92,7 +92,7 @@ def check_folder(folder: Path, *, empty: bool = False) -> None:
     try:
         names = file_names(folder) - _EMPTY
     except StorageError as error:
-        if os.path.isdir(folder):  # noqa: PTH112 - which may raise
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR):
             raise
         raise StateError(f"{folder}: no archive: there is no such folder") from error
     if empty and not names:

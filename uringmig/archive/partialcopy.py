@@ -154,7 +154,7 @@ def _mark(journal: Journal) -> bytes:
 def _load(path: Path, wanted: JournalHeader) -> Journal | None:
     """Read a journal, if it is of the same copy."""
     try:
-        if not path.is_file() or path.stat().st_size > copyjournal.BYTES_MAX:
+        if not os.path.isfile(path) or path.stat().st_size > copyjournal.BYTES_MAX:
             return None
         journal = copyjournal.decode(path.read_bytes())
     except (OSError, FormatError):

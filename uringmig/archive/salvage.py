@@ -7,6 +7,7 @@ read as such a thing is left out, and nothing is ever removed by the word of suc
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, suppress
@@ -106,7 +107,7 @@ def set_aside(catalogue: Catalogue) -> Path:
 def _has_own_log(path: Path) -> bool:
     """Whether a log beside a database is its own."""
     with suppress(OSError):
-        if path.is_file():
+        if os.path.isfile(path):
             with path.open("rb") as file:
                 return file.read(20)[18:] == _WAL_VERSIONS
     return False

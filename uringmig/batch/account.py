@@ -8,6 +8,7 @@ are courtesies: trouble with them is a warning, and never costs an image.
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -163,7 +164,7 @@ def _newest_entries(job_file: JobFile) -> dict[str, float]:
     for path in {job.archive for job in job_file.jobs}:
         # What is wrong with an archive is told when it is opened for the run.
         with contextlib.suppress(UringmigError):
-            if not Path(path).exists():
+            if not os.path.exists(path):
                 continue
             with Archive.open(path, write=False) as archive:
                 for entry in archive.entries():

@@ -43,13 +43,13 @@ def disks_of(path: str | os.PathLike[str]) -> tuple[Disk, ...]:
     """
     at = Path(path)
     try:
-        while not at.exists() and at != at.parent:
+        while not os.path.exists(at) and at != at.parent:
             at = at.parent
         number = at.stat().st_dev
     except OSError:
         return ()
     top = BLOCK_DEVICES / device_name(number)
-    if not top.exists():
+    if not os.path.exists(top):
         # btrfs and overlays have numbers of their own; what is mounted names the device.
         device = _mounted_device(str(at))
         if device is None:
@@ -132,7 +132,7 @@ def _mounted_device(path: str) -> str | None:
 
 def _bottoms(node: Path, levels: int) -> Iterator[Path]:
     """The whole disks below a block device's folder in sysfs."""
-    if not node.exists():
+    if not os.path.exists(node):
         return
     node = whole_disk(node)
     slaves = list((node / "slaves").glob("*"))
@@ -140,7 +140,7 @@ def _bottoms(node: Path, levels: int) -> Iterator[Path]:
     if levels and slaves:
         for slave in slaves:
             yield from _bottoms(slave.resolve(), levels - 1)
-    elif levels and backing.exists() and (below := _backing_device(backing)) is not None:
+    elif levels and os.path.exists(backing) and (below := _backing_device(backing)) is not None:
         yield from _bottoms(below, levels - 1)
     else:
         yield node
@@ -153,7 +153,7 @@ def _backing_device(backing: Path) -> Path | None:
     except OSError:
         return None
     node = BLOCK_DEVICES / device_name(number)
-    return node.resolve() if node.exists() else None
+    return node.resolve() if os.path.exists(node) else None
 
 
 def _tags(node: Path) -> int:
@@ -167,7 +167,7 @@ def _tags(node: Path) -> int:
 @contextlib.contextmanager
 def _measurable(path: str) -> Iterator[tuple[str, Operation]]:
     """A file to measure with, and how; in a folder it is one to write, gone afterwards."""
-    if not Path(path).is_dir():
+    if not os.path.isdir(path):
         yield path, Operation.READ
         return
     with nameless_file(path) as scratch:

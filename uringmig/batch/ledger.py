@@ -8,6 +8,7 @@ another that shares an archive, is refused.
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import time
 from contextlib import ExitStack
@@ -160,7 +161,8 @@ class Ledger:
             return None, False
         archive = self._archives.get(job.archive)
         previous = None if archive is None else archive.latest_of(job.vm)
-        folder = next(at for at in (Path(job.archive), *Path(job.archive).parents) if at.is_dir())
+        above = (Path(job.archive), *Path(job.archive).parents)
+        folder = next(at for at in above if os.path.isdir(at))
         trouble = sharing_trouble(folder, None if previous is None else Path(previous.image))
         return trouble, previous is not None
 
@@ -224,7 +226,7 @@ class Ledger:
             # A later run, too, has an entry of this name if there is no time in it.
             again = stopped or TIME_FIELD not in state.job.entry
             try:
-                if not (again and place.journal.exists()):
+                if not (again and os.path.exists(place.journal)):
                     self._archives[state.job.archive].discard(place)
             except StorageError as error:
                 state.warnings.append(f"leftovers remain: {error}")

@@ -5,6 +5,7 @@ The file is replaced as a whole, so that a collector never reads half of it.
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Mapping
@@ -136,7 +137,7 @@ def _former_successes(path: Path) -> dict[str, float]:
     Nothing if that is not to be had: the file may be another program's, or there is none.
     """
     try:
-        if not path.is_file():
+        if not os.path.isfile(path):
             return {}
         with path.open("rb") as file:
             text = file.read(_BYTES_MAX).decode(errors="replace")

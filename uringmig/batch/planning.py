@@ -161,7 +161,7 @@ def free_space(archive: str) -> tuple[int, int | None]:
     """
     at = Path(archive)
     try:
-        while not at.exists() and at != at.parent:
+        while not os.path.exists(at) and at != at.parent:
             at = at.parent
         found = os.statvfs(at)
         number = at.stat().st_dev

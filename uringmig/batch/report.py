@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -119,7 +120,7 @@ def write_report(summary: Summary, folder: Path) -> None:
 def _free_name(folder: Path, name: str) -> str:
     """A name that no earlier report has: an interrupted run and its end have the same time."""
     number, found = 1, name
-    while (folder / f"{found}.md").exists() or (folder / f"{found}.json").exists():
+    while os.path.exists(folder / f"{found}.md") or os.path.exists(folder / f"{found}.json"):
         number += 1
         found = f"{name}-{number}"
     return found

@@ -7,6 +7,7 @@ may this process: the next run reads journal and archives and goes on.
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -339,7 +340,7 @@ class Run:
         state.note_outcome(outcome)
         place = self._places.pop(state.job.name, None)
         archived = outcome.result if isinstance(outcome.result, Archived) else None
-        if archived is None and place is not None and place.image.exists():
+        if archived is None and place is not None and os.path.exists(place.image):
             archived = self._ledger.adopt(state, place)
         if archived is not None:
             state.archived = archived

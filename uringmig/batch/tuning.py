@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import msgspec
@@ -61,4 +62,4 @@ def _tuned(job: Job, settings: ProfileSettings | None) -> Job:
 def _existing(archive: str) -> Path:
     """The archive's folder, or the one above it in which it will be made."""
     path = Path(archive)
-    return next((folder for folder in (path, *path.parents) if folder.is_dir()), path)
+    return next((folder for folder in (path, *path.parents) if os.path.isdir(folder)), path)

@@ -154,7 +154,7 @@ def settings_for(path: str | os.PathLike[str], file: Path) -> ProfileSettings | 
     if not entries:
         return None
     where = Path(path)
-    place = place_of(os.fspath(where if where.is_dir() else where.absolute().parent))
+    place = place_of(os.fspath(where if os.path.isdir(where) else where.absolute().parent))
     return next((entry.settings for entry in entries if entry.place.matches(place)), None)
 
 
@@ -184,7 +184,7 @@ def check_writable(file: Path) -> None:
         StateError: the name is a folder's.
         StorageError: it cannot be read, or nothing can be written there.
     """
-    if os.path.isdir(file):  # noqa: PTH112 - that one raises where a folder may not be searched
+    if os.path.isdir(file):
         raise StateError(f"{file}: is a folder; name a file for the profile")
     _make_folder(file)
     with replacing(file):

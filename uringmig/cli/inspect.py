@@ -89,7 +89,7 @@ def _summarise(reader: MappedRamReader, file: Path) -> ImageSummary:
         machine=image.configuration.machine,
         capabilities=image.configuration.capabilities,
         section_id=image.section_id,
-        manifest_path=str(sidecar) if sidecar.exists() else None,
+        manifest_path=str(sidecar) if os.path.exists(sidecar) else None,
         blocks=tuple(_block(reader, info) for info in reader.blocks),
         sections=tuple(
             SectionSummary(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, get_args
@@ -17,8 +18,8 @@ from uringmig.units import format_size, parse_duration, parse_size
 
 WRITE: Final = WriteOptions()
 READ: Final = ReadOptions()
-#: A path as it was typed.
-PATH: Final = click.Path(path_type=Path)
+#: A path as it was typed: whoever opens it says what is wrong with it, in one line and as storage.
+PATH: Final = click.Path(path_type=Path, readable=False)
 
 
 def size(text: str | int) -> int:
@@ -58,7 +59,7 @@ def new_file(text: str | Path) -> Path:
 def _archive(text: str | Path) -> Path:
     """An archive's directory, or the one that a job file fills."""
     path = Path(text)
-    if not path.is_file():
+    if not os.path.isfile(path):
         return path
     from uringmig.cli.jobfile import archive_of
 

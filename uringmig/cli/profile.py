@@ -22,11 +22,18 @@ def file_of_profiles(file: Path | None) -> Path:
     """The profile file to read: the one that was named, else where `bench` writes.
 
     Raises:
-        StorageError: the named file is not there.
+        StorageError: the named file is not there, or cannot be looked at.
     """
-    if file is not None and not file.exists():
-        raise StorageError("no such profile file", path=file, cure="`uringmig bench` writes one")
-    return file or default_file()
+    if file is None:
+        return default_file()
+    try:
+        file.stat()
+    except FileNotFoundError:
+        cure = "`uringmig bench` writes one"
+        raise StorageError("no such profile file", path=file, cure=cure) from None
+    except OSError as error:
+        raise StorageError("cannot read", errno=error.errno, path=file) from None
+    return file
 
 
 def tuned(output: Output, options: Options, *, where: Path, file: Path | None) -> Options:

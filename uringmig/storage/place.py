@@ -119,7 +119,7 @@ def device_name(number: int) -> str:
 def whole_disk(device: Path) -> Path:
     """The folder of the whole disk that a block device, by its folder, is, or is a part of."""
     folder = device.resolve()
-    return folder.parent if (folder / "partition").exists() else folder
+    return folder.parent if os.path.exists(folder / "partition") else folder
 
 
 def _device_at(source: str) -> str | None:
@@ -140,7 +140,7 @@ def _identity(device: str) -> str | None:
     """What a block device is called by itself: by-id link, mapper id, or the disk's serial."""
     name = (BLOCK_DEVICES / device).resolve().name
     links = Path(_BY_ID)
-    if links.is_dir():
+    if os.path.isdir(links):
         for link in sorted(links.iterdir()):
             if link.resolve().name == name:
                 return link.name

@@ -95,7 +95,7 @@ def build_guest(folder: Path) -> GuestImage | None:
     """
     kernel = Path(os.environ.get("URINGMIG_KERNEL", GUEST_FOLDER / "vmlinuz"))
     busybox = Path(os.environ.get("URINGMIG_BUSYBOX", GUEST_FOLDER / "busybox"))
-    if not (kernel.is_file() and busybox.is_file()):
+    if not (os.path.isfile(kernel) and os.path.isfile(busybox)):
         return None
     initramfs = folder / "initramfs.cpio"
     initramfs.write_bytes(

@@ -141,7 +141,7 @@ class Machine:
     def _connect(self, path: Path) -> Monitor:
         """Connect to a socket that QEMU makes while it starts."""
         deadline = time.monotonic() + PATIENCE_S
-        while not path.exists():
+        while not os.path.exists(path):
             self._still_there(deadline)
             time.sleep(0.01)
         return Monitor(path, greeting_timeout_s=PATIENCE_S, command_timeout_s=PATIENCE_S)
