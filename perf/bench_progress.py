@@ -15,7 +15,7 @@ from perf.micro import Micro, TimeFunction
 from uringmig.options import CHANNELS_MAX, WriteOptions
 from uringmig.progress import ChannelCounters, ProgressCallback, Snapshot, take_snapshot
 from uringmig.storage.buffers import aligned_buffer
-from uringmig.storage.choice import EngineChoice
+from uringmig.storage.enginechoice import EngineChoice
 from uringmig.testing.engines import NullEngine
 from uringmig.testing.guests import fill_guest
 from uringmig.units import MiB, format_size

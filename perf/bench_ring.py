@@ -14,8 +14,8 @@ import numpy as np
 from perf.micro import Micro, TimeFunction
 from uringmig.options import PAGE_SIZE
 from uringmig.storage.buffers import aligned_buffer
-from uringmig.storage.choice import describe_liburing
 from uringmig.storage.engine import Engine, EngineFactory, Operation
+from uringmig.storage.enginechoice import describe_liburing
 from uringmig.storage.pwrite import PwriteEngine
 from uringmig.storage.requests import IoBatch
 from uringmig.storage.ring import RingEngine

@@ -24,7 +24,7 @@ from uringmig.progress import Snapshot
 from uringmig.qemu.monitor import Monitor
 from uringmig.qemu.sharedram import save_shared
 from uringmig.result import SaveResult
-from uringmig.storage.choice import EngineChoice
+from uringmig.storage.enginechoice import EngineChoice
 from uringmig.testing.engines import MemoryEngine, NullEngine
 from uringmig.units import MiB
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Final
 
 from uringmig.errors import MismatchError
-from uringmig.storage.choice import describe_liburing
 from uringmig.storage.directfile import probe_alignment
+from uringmig.storage.enginechoice import describe_liburing
 from uringmig.testing.machine import find_qemu
 
 #: Metadata of this name must agree; pyperf keeps them beside its own.

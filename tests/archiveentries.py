@@ -12,10 +12,10 @@ from smallguests import MIB, OPTIONS, PWRITE, Memories, make_guest, ramblocks_of
 
 from uringmig import MappedRamReader, MappedRamWriter
 from uringmig.archive.cold import open_cold, write_cold
+from uringmig.archive.copied import EntryLabel
 from uringmig.archive.damagenotes import Damage
 from uringmig.archive.directory import Archive
 from uringmig.archive.entry import Entry
-from uringmig.archive.tier import EntryLabel
 from uringmig.contents.mappedram import MappedRamContents
 from uringmig.image import digest, manifest
 from uringmig.storage.publication import Publication

@@ -11,7 +11,7 @@ from imagereader import ReadImage, read_image
 from numpy.typing import NDArray
 
 from uringmig import RamBlock, WriteOptions
-from uringmig.storage.choice import EngineChoice
+from uringmig.storage.enginechoice import EngineChoice
 from uringmig.storage.pwrite import PwriteEngine
 from uringmig.storage.ring import RingEngine
 

@@ -20,7 +20,7 @@ from uringmig.archive.directory import Archive
 from uringmig.batch import pool, worker
 from uringmig.bench import profile
 from uringmig.cli import main
-from uringmig.storage.place import place_of
+from uringmig.storage.devices import place_of
 from uringmig.transfer import channel
 from uringmig.units import KiB, MiB
 

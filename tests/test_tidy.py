@@ -83,7 +83,7 @@ IMPURE_IMPORTS: Final = frozenset(
 )
 
 #: The two that ask C liburing for a ring: one to use it, one to know beforehand whether it could.
-LIBURING_USERS: Final = frozenset({"storage.ring", "storage.choice"})
+LIBURING_USERS: Final = frozenset({"storage.ring", "storage.enginechoice"})
 
 #: Who may make options of single settings: each of the others would forget one of them one day.
 OPTIONS_MAKERS: Final = frozenset(
@@ -346,7 +346,11 @@ BAD: Final[list[tuple[Callable[[Module], Iterator[str]], str, str]]] = [
     (liburing_has_one_door, "transfer.channel", "from uringmig.storage import liburing"),
     (liburing_has_one_door, "storage.pwrite", "lib = ctypes.CDLL('liburing-ffi.so.2')"),
     (liburing_has_one_door, "storage.pwrite", "lib = find_library('uring')"),
-    (liburing_has_one_door, "storage.choice", "lib = importlib.import_module('liburing.liburing')"),
+    (
+        liburing_has_one_door,
+        "storage.enginechoice",
+        "lib = importlib.import_module('liburing.liburing')",
+    ),
     (options_are_made_in_one_place, "batch.attempt", "o = ReadOptions(depth=job.depth)"),
     (options_are_made_in_one_place, "cli.save", "o = options.WriteOptions(**settings)"),
     (sizes_are_bounded, "plan", "\n" * (MODULE_LINES_MAX + 1)),

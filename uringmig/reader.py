@@ -27,9 +27,9 @@ from uringmig.options import PAGE_SIZE, ReadOptions
 from uringmig.pages import bitmap
 from uringmig.pages.runs import runs_from_bits
 from uringmig.progress import ChannelCounters, Phase, ProgressCallback, Snapshot, take_snapshot
-from uringmig.storage.choice import EngineChoice, choose_engine
 from uringmig.storage.directfile import open_direct
 from uringmig.storage.engine import Operation
+from uringmig.storage.enginechoice import EngineChoice, choose_engine
 from uringmig.storage.mainfile import open_for_reading
 from uringmig.storage.requests import IoPlan
 from uringmig.transfer.channel import ChannelFile, Pacer, WindowWork, needs_bounce, run_round

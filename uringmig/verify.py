@@ -25,7 +25,7 @@ from uringmig.image.parse import stream_digest
 from uringmig.options import WINDOW_BYTES, ReadOptions
 from uringmig.progress import ChannelCounters, ProgressCallback, Teller
 from uringmig.reader import MappedRamReader
-from uringmig.storage.choice import EngineChoice
+from uringmig.storage.enginechoice import EngineChoice
 from uringmig.storage.folder import beside
 from uringmig.storage.mainfile import open_for_reading
 from uringmig.units import div_ceil

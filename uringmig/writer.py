@@ -37,9 +37,9 @@ from uringmig.progress import (
     take_snapshot,
 )
 from uringmig.result import SaveResult, describe_seconds, describe_settings
-from uringmig.storage.choice import EngineChoice, choose_engine
 from uringmig.storage.engine import Operation
-from uringmig.storage.target import NamedTarget, PassedTarget, Target
+from uringmig.storage.enginechoice import EngineChoice, choose_engine
+from uringmig.storage.imagetarget import NamedTarget, PassedTarget, Target
 from uringmig.transfer.channel import ChannelFile, Pacer, Round, needs_bounce, run_round
 from uringmig.transfer.plan import Window, spans_of
 

@@ -23,8 +23,8 @@ from uringmig.archive.entry import Entry
 from uringmig.errors import StateError
 from uringmig.options import EngineName, ReadOptions
 from uringmig.progress import Snapshot
-from uringmig.storage.choice import EngineChoice
 from uringmig.storage.engine import Engine
+from uringmig.storage.enginechoice import EngineChoice
 from uringmig.storage.pwrite import PwriteEngine
 from uringmig.storage.requests import Completions, IoBatch
 

@@ -27,7 +27,7 @@ from smallguests import (
 )
 
 from uringmig import MappedRamWriter, StateError, StorageError, WriteOptions, verify
-from uringmig.storage.choice import EngineChoice
+from uringmig.storage.enginechoice import EngineChoice
 from uringmig.storage.pwrite import PwriteEngine
 from uringmig.testing.faults import faulty
 

@@ -41,8 +41,8 @@ from uringmig.errors import FormatError, StorageError, UringmigError
 from uringmig.format import constants
 from uringmig.format.plainstream import PlainComposer
 from uringmig.options import ReadOptions
-from uringmig.storage.choice import EngineChoice
 from uringmig.storage.engine import Engine, Operation
+from uringmig.storage.enginechoice import EngineChoice
 from uringmig.storage.pwrite import PwriteEngine
 from uringmig.testing.faults import FaultEngine, random_outcomes
 

@@ -26,7 +26,7 @@ from uringmig import (
     verify,
 )
 from uringmig.memory.mapping import create_memfd
-from uringmig.storage.choice import EngineChoice
+from uringmig.storage.enginechoice import EngineChoice
 from uringmig.storage.mainfile import MainFile
 from uringmig.testing.faults import RequestLog, faulty, recorded
 

@@ -45,8 +45,8 @@ from uringmig import (
     WriteOptions,
     verify,
 )
-from uringmig.storage.choice import EngineChoice
 from uringmig.storage.engine import Engine, Operation
+from uringmig.storage.enginechoice import EngineChoice
 from uringmig.storage.pwrite import PwriteEngine
 from uringmig.storage.requests import Completions, IoBatch
 from uringmig.testing.faults import (

@@ -29,7 +29,7 @@ from uringmig.archive.cold import open_cold, write_cold
 from uringmig.archive.hot import write_hot
 from uringmig.contents.mappedram import MappedRamContents
 from uringmig.progress import Snapshot
-from uringmig.storage.choice import EngineChoice
+from uringmig.storage.enginechoice import EngineChoice
 from uringmig.testing.faults import FaultEngine, random_outcomes
 
 WRITERS = pytest.mark.parametrize("write", [write_hot, write_cold])

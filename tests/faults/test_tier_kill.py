@@ -19,9 +19,9 @@ from smallguests import MIB, OPTIONS, PAGE, check_image, copy_of, left_in, make_
 
 from uringmig import MappedRamWriter, verify
 from uringmig.archive.cold import open_cold, write_cold
+from uringmig.archive.copied import TierResult
 from uringmig.archive.copyjournal import decode
 from uringmig.archive.hot import write_hot
-from uringmig.archive.tier import TierResult
 from uringmig.contents.mappedram import MappedRamContents
 from uringmig.contents.source import Row, WindowRead, all_rows, row_length
 from uringmig.options import WINDOW_BYTES

@@ -11,10 +11,10 @@ from realguest import GUEST_BYTES, SavedGuest, StartMachine
 
 from uringmig import MappedRamReader
 from uringmig.archive.cold import write_cold
+from uringmig.archive.copied import EntryLabel
 from uringmig.archive.directory import Archive
 from uringmig.archive.entry import Entry
 from uringmig.archive.hot import write_hot
-from uringmig.archive.tier import EntryLabel
 from uringmig.contents.opening import open_contents
 from uringmig.image.manifest import Tier
 

@@ -14,7 +14,7 @@ from msgspec import structs
 
 from uringmig.bench.profile import Measured, ProfileEntry, ProfileSettings, store_entry
 from uringmig.options import WriteOptions
-from uringmig.storage.place import place_of
+from uringmig.storage.devices import place_of
 from uringmig.units import KiB
 
 PROFILE = ProfileSettings(

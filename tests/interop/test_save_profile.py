@@ -12,7 +12,7 @@ from realguest import StartMachine, shared_path
 
 from uringmig.bench.profile import Measured, ProfileEntry, ProfileSettings, store_entry
 from uringmig.options import WriteOptions
-from uringmig.storage.place import Place, place_of
+from uringmig.storage.devices import Place, place_of
 from uringmig.testing.machine import Machine
 from uringmig.units import KiB, MiB
 

@@ -20,7 +20,7 @@ from uringmig.errors import PeerError, StorageError
 from uringmig.qemu import receiving, sharedram
 from uringmig.qemu.monitor import Monitor
 from uringmig.qemu.sharedram import save_shared
-from uringmig.storage.choice import EngineChoice
+from uringmig.storage.enginechoice import EngineChoice
 from uringmig.storage.pwrite import PwriteEngine
 from uringmig.testing.faults import WHOLE, faulty
 from uringmig.testing.guestimage import GuestImage

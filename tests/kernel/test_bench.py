@@ -23,8 +23,8 @@ from uringmig.bench.directory import bench_directory
 from uringmig.bench.profile import read_entries, settings_for
 from uringmig.errors import StorageError
 from uringmig.options import WriteOptions
+from uringmig.storage.devices import place_of
 from uringmig.storage.nameless import nameless_file
-from uringmig.storage.place import place_of
 
 MIB = 1 << 20
 SHORT = ("--size", "8M", "--seconds", "1")

@@ -8,9 +8,9 @@ from smallguests import MIB, PAGE
 from uringmig import HostError, WriteOptions
 from uringmig.storage import ring
 from uringmig.storage.buffers import aligned_buffer
-from uringmig.storage.choice import EngineChoice
 from uringmig.storage.directfile import Alignment, DirectFile
 from uringmig.storage.engine import Operation
+from uringmig.storage.enginechoice import EngineChoice
 from uringmig.storage.ring import RingEngine
 from uringmig.transfer.channel import ChannelFile
 

@@ -24,9 +24,9 @@ from smallguests import (
 
 from uringmig import MappedRamWriter, RamBlock, StorageError, WriteOptions, verify
 from uringmig.archive import dedup
+from uringmig.archive.copied import TierResult
 from uringmig.archive.dedup import sharing_trouble
 from uringmig.archive.hot import write_hot
-from uringmig.archive.tier import TierResult
 from uringmig.contents.mappedram import MappedRamContents
 from uringmig.storage.mainfile import MainFile
 

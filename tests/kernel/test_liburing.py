@@ -21,8 +21,8 @@ from smallguests import left_in
 
 from uringmig.errors import HostError
 from uringmig.storage import liburing, ring
-from uringmig.storage.choice import choose_engine
 from uringmig.storage.engine import Operation
+from uringmig.storage.enginechoice import choose_engine
 from uringmig.storage.requests import IoBatch
 from uringmig.storage.ring import RingEngine
 
@@ -248,7 +248,7 @@ def test_where_the_ring_works_auto_takes_it_without_a_word() -> None:
 
 PROBE = """
 from uringmig.errors import HostError
-from uringmig.storage.choice import choose_engine
+from uringmig.storage.enginechoice import choose_engine
 choice = choose_engine("auto")
 print(choice.name, "|", choice.note)
 try:

@@ -44,7 +44,7 @@ from uringmig import (
     verify,
 )
 from uringmig.memory.mapping import create_memfd
-from uringmig.storage.choice import EngineChoice
+from uringmig.storage.enginechoice import EngineChoice
 from uringmig.testing.faults import RequestLog, recorded
 
 ENGINES = pytest.mark.parametrize("engine", [PWRITE, RING], ids=lambda choice: choice.name)

@@ -23,13 +23,13 @@ from smallguests import (
 
 from uringmig import MappedRamWriter, MismatchError, StateError, verify
 from uringmig.archive.cold import open_cold, write_cold
+from uringmig.archive.copied import EntryLabel, TierResult
 from uringmig.archive.hot import write_hot
-from uringmig.archive.tier import EntryLabel, TierResult
 from uringmig.contents.mappedram import MappedRamContents
 from uringmig.contents.plainfile import PlainFileContents
 from uringmig.contents.streaming import plain_pieces
 from uringmig.image.manifest import ArchiveFields, ColdManifest, decode, decode_cold
-from uringmig.storage.choice import EngineChoice
+from uringmig.storage.enginechoice import EngineChoice
 
 ENGINES = pytest.mark.parametrize("engine", [PWRITE, RING], ids=lambda choice: choice.name)
 

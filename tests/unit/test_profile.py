@@ -24,7 +24,7 @@ from uringmig.bench.profile import (
 )
 from uringmig.errors import FormatError, StateError, StorageError
 from uringmig.options import PAGE_SIZE, ReadOptions, WriteOptions
-from uringmig.storage.place import Place, place_of
+from uringmig.storage.devices import Place, place_of
 
 SETTINGS = ProfileSettings(
     channels=3, depth=16, block_size=4 << 20, bridge=8192, engine="auto", direct="preferred"

@@ -30,11 +30,11 @@ from uringmig.archive.coldformat import (
     read_index,
 )
 from uringmig.archive.coldread import ColdContents, open_cold
+from uringmig.archive.copied import LIVE_KINDS, CopiedGuest, EntryLabel, TierResult, describe_entry
 from uringmig.archive.copyjournal import BITS_BYTES, Chunk
 from uringmig.archive.copyrun import CopyRun
 from uringmig.archive.intake import NOTHING, Intake, TakenWindow
 from uringmig.archive.partialcopy import PartialCopy
-from uringmig.archive.tier import LIVE_KINDS, CopiedGuest, EntryLabel, TierResult, describe_entry
 from uringmig.contents.source import Contents, Row
 from uringmig.errors import StateError
 from uringmig.image import manifest
@@ -52,7 +52,7 @@ from uringmig.pages import bitmap
 from uringmig.pages.runs import PageRuns
 from uringmig.progress import ChannelCounters, ProgressCallback
 from uringmig.storage.buffers import aligned_buffer
-from uringmig.storage.choice import EngineChoice, choose_engine
+from uringmig.storage.enginechoice import EngineChoice, choose_engine
 from uringmig.storage.requests import IoPlan
 from uringmig.transfer.plan import Window, plan_runs
 from uringmig.units import align_up, div_ceil

@@ -34,9 +34,9 @@ from uringmig.pages import bitmap
 from uringmig.pages.runs import PageRuns
 from uringmig.reader import zero_clear_pages
 from uringmig.storage.buffers import aligned_buffer
-from uringmig.storage.choice import choose_engine
 from uringmig.storage.directfile import open_direct
 from uringmig.storage.engine import Operation
+from uringmig.storage.enginechoice import choose_engine
 from uringmig.storage.mainfile import MainFile, open_for_reading
 from uringmig.storage.requests import IoPlan
 from uringmig.transfer.channel import ChannelFile

@@ -12,18 +12,18 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from typing import Final
 
+from uringmig.archive.copied import CopiedGuest, TierResult
 from uringmig.archive.copyjournal import Chunk
 from uringmig.archive.intake import Intake
 from uringmig.archive.partialcopy import PartialCopy
-from uringmig.archive.tier import CopiedGuest, TierResult
 from uringmig.contents.source import Row, window_of
 from uringmig.image.draft import Durable
 from uringmig.image.manifest import ArchiveFields, ArchiveManifest, Settings
 from uringmig.options import WriteOptions
 from uringmig.progress import ChannelCounters, Phase, ProgressCallback, account, take_snapshot
 from uringmig.result import describe_seconds, describe_settings
-from uringmig.storage.choice import EngineChoice
 from uringmig.storage.engine import Operation
+from uringmig.storage.enginechoice import EngineChoice
 from uringmig.transfer.channel import ChannelFile, WindowWork, run_round
 from uringmig.units import MiB
 

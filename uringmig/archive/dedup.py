@@ -35,9 +35,9 @@ from uringmig.pages import bitmap
 from uringmig.pages.runs import runs_from_bits
 from uringmig.storage.directfile import open_direct
 from uringmig.storage.engine import Operation
+from uringmig.storage.imagetarget import NamedTarget
 from uringmig.storage.mainfile import MainFile, open_for_reading
 from uringmig.storage.nameless import nameless_file
-from uringmig.storage.target import NamedTarget
 from uringmig.units import MiB, align_down, div_ceil, is_aligned
 
 #: linux/fs.h: FICLONERANGE and struct file_clone_range.

@@ -14,12 +14,12 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from uringmig.archive.copied import LIVE_KINDS, CopiedGuest, EntryLabel, TierResult, describe_entry
 from uringmig.archive.copyjournal import BITS_BYTES, Chunk
 from uringmig.archive.copyrun import CopyRun
 from uringmig.archive.dedup import Earlier, SlotReader
 from uringmig.archive.intake import NOTHING, Intake, TakenWindow
 from uringmig.archive.partialcopy import PartialCopy
-from uringmig.archive.tier import LIVE_KINDS, CopiedGuest, EntryLabel, TierResult, describe_entry
 from uringmig.contents.source import Contents, Row
 from uringmig.format.layout import ImageLayout, plan_layout
 from uringmig.image import digest
@@ -30,7 +30,7 @@ from uringmig.pages import bitmap
 from uringmig.pages.runs import runs_from_bits
 from uringmig.progress import ChannelCounters, ProgressCallback
 from uringmig.storage.buffers import aligned_buffer
-from uringmig.storage.choice import EngineChoice, choose_engine
+from uringmig.storage.enginechoice import EngineChoice, choose_engine
 from uringmig.storage.requests import IoPlan
 from uringmig.transfer.plan import Window, plan_runs
 

@@ -16,7 +16,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from uringmig.archive.tier import LIVE_KINDS
+from uringmig.archive.copied import LIVE_KINDS
 from uringmig.contents.source import Contents, Row, WindowRead
 from uringmig.errors import StateError
 from uringmig.image import digest

@@ -22,8 +22,8 @@ from uringmig.archive.copyjournal import Chunk, Journal, JournalHeader
 from uringmig.errors import BytesError, FormatError, StateError, StorageError
 from uringmig.image import manifest
 from uringmig.options import DirectMode
+from uringmig.storage.imagetarget import NamedTarget
 from uringmig.storage.mainfile import MainFile
-from uringmig.storage.target import NamedTarget
 
 _MARK: Final = b"uringmig partial"
 _MODE: Final = 0o600

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from uringmig.archive.copied import EntryLabel
 from uringmig.archive.directory import Archive
 from uringmig.archive.hot import write_hot
 from uringmig.archive.opening import CheckedContents, open_entry
-from uringmig.archive.tier import EntryLabel
 from uringmig.contents.streaming import plain_pieces
 from uringmig.errors import StateError
 from uringmig.image import manifest
@@ -27,8 +27,8 @@ from uringmig.qemu.monitor import Monitor
 from uringmig.qemu.streamload import StreamLoad, stream_into
 from uringmig.storage.buffers import aligned_buffer
 from uringmig.storage.folder import final_name
+from uringmig.storage.imagetarget import NamedTarget
 from uringmig.storage.mainfile import MainFile
-from uringmig.storage.target import NamedTarget
 from uringmig.units import align_down
 
 OutputFormat = Literal["hot", "plain"]

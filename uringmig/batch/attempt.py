@@ -15,9 +15,9 @@ import zstandard
 
 from uringmig.archive.cold import write_cold
 from uringmig.archive.coldread import is_cold, open_cold
+from uringmig.archive.copied import LIVE_KINDS, EntryLabel, TierResult
 from uringmig.archive.hot import write_hot
 from uringmig.archive.removing import remove_files
-from uringmig.archive.tier import LIVE_KINDS, EntryLabel, TierResult
 from uringmig.batch.disks import disks_of, measure_depth
 from uringmig.batch.job import ImageSource, Job, MemoryFilesSource, QmpSource
 from uringmig.batch.messages import (

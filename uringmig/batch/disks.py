@@ -19,11 +19,11 @@ import numpy as np
 from uringmig.batch.messages import Disk, MeasuredDepth
 from uringmig.errors import StorageError
 from uringmig.storage.buffers import aligned_buffer
-from uringmig.storage.choice import choose_engine
+from uringmig.storage.devices import BLOCK_DEVICES, device_name, mount_of, whole_disk
 from uringmig.storage.directfile import open_direct
 from uringmig.storage.engine import Operation
+from uringmig.storage.enginechoice import choose_engine
 from uringmig.storage.nameless import nameless_file, path_of
-from uringmig.storage.place import BLOCK_DEVICES, device_name, mount_of, whole_disk
 from uringmig.storage.requests import IoBatch
 from uringmig.units import MiB
 

@@ -19,8 +19,8 @@ from uringmig.bench.race import Race, Rate
 from uringmig.bench.trial import MEMORY_BYTES, Preparation, Trial, TrialOutcome, Workbench
 from uringmig.errors import StateError, StorageError
 from uringmig.options import PAGE_SIZE, WINDOW_BYTES, DirectMode, EngineName, WriteOptions
-from uringmig.storage.choice import choose_engine
-from uringmig.storage.place import Place, place_of
+from uringmig.storage.devices import Place, place_of
+from uringmig.storage.enginechoice import choose_engine
 from uringmig.units import KiB, MiB, align_down, format_size
 
 _CHANNELS: Final = (1, 2, 4)

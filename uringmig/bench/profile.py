@@ -27,7 +27,7 @@ from uringmig.options import (
     EngineName,
     TransferOptions,
 )
-from uringmig.storage.place import Place, place_of
+from uringmig.storage.devices import Place, place_of
 from uringmig.storage.smallfile import replacing
 from uringmig.units import MiB
 

@@ -24,9 +24,9 @@ from uringmig.memory.array import BufferMemory
 from uringmig.options import PAGE_SIZE, WriteOptions
 from uringmig.progress import ChannelCounters
 from uringmig.storage.buffers import aligned_buffer
-from uringmig.storage.choice import EngineChoice
 from uringmig.storage.directfile import DirectFile, open_direct
 from uringmig.storage.engine import Operation
+from uringmig.storage.enginechoice import EngineChoice
 from uringmig.storage.mainfile import MainFile
 from uringmig.storage.nameless import nameless_file, path_of
 from uringmig.transfer.channel import ChannelFile, run_round

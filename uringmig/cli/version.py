@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from uringmig.storage.choice import describe_auto, describe_liburing
+from uringmig.storage.enginechoice import describe_auto, describe_liburing
 from uringmig.version import VERSION
 
 

@@ -25,7 +25,7 @@ from uringmig.image.digest import window_digest
 from uringmig.options import PAGE_SIZE, WINDOW_BYTES, ReadOptions
 from uringmig.pages import bitmap
 from uringmig.reader import MappedRamReader, plan_reads, zero_clear_pages
-from uringmig.storage.choice import EngineChoice
+from uringmig.storage.enginechoice import EngineChoice
 from uringmig.storage.requests import IoPlan
 from uringmig.transfer.plan import Window
 

@@ -36,9 +36,9 @@ from uringmig.format.plainrecords import ABSENT, PageIndex
 from uringmig.format.plainstate import PlainState
 from uringmig.options import PAGE_SIZE, WINDOW_BYTES, ReadOptions
 from uringmig.pages.runs import PageRuns
-from uringmig.storage.choice import EngineChoice, choose_engine
 from uringmig.storage.directfile import open_direct
 from uringmig.storage.engine import Operation
+from uringmig.storage.enginechoice import EngineChoice, choose_engine
 from uringmig.storage.mainfile import open_for_reading
 from uringmig.storage.requests import IoPlan
 from uringmig.transfer.channel import ChannelFile

@@ -23,9 +23,9 @@ from uringmig.errors import FormatError, LimitError, StorageError
 from uringmig.options import TransferOptions
 from uringmig.progress import ChannelCounters
 from uringmig.storage.bounce import BounceEngine
-from uringmig.storage.choice import EngineChoice
 from uringmig.storage.directfile import DirectFile
 from uringmig.storage.engine import Engine, Operation
+from uringmig.storage.enginechoice import EngineChoice
 from uringmig.storage.requests import IoPlan
 from uringmig.transfer.plan import Window
 from uringmig.transfer.slots import Transfer
