@@ -10,6 +10,7 @@
     +-- StorageError     5   the kernel or the disk: ENOSPC, EIO, no O_DIRECT where required
     +-- HostError        6   this machine cannot: no io_uring and nothing allowed to replace it
         +-- LimitError       at this moment: no memory, thread, process or descriptor is left
+            +-- StorageLimitError   a StorageError, too: learned from a call on a file
 
 The error knows its exit code; the command line catches the base class in one place. A traceback
 therefore means a bug of ours.
@@ -21,7 +22,7 @@ import errno as errno_names
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import ClassVar, Final
+from typing import ClassVar, Final, Self
 
 #: EX_SOFTWARE of sysexits.h: of a bug of ours. Python's own would be 1, which is a warning here.
 BUG_EXIT_CODE: Final = 70
@@ -36,6 +37,8 @@ _LIMITS: Final = {
     errno_names.EAGAIN: "raise its limit of processes (ulimit -u, TasksMax=)",
     errno_names.ENOMEM: "give it more memory (ulimit -v, MemoryMax=)",
 }
+#: Those that are never said of the file itself; EAGAIN is, of one that somebody has locked.
+_FILE_LIMITS: Final = frozenset({errno_names.EMFILE, errno_names.ENFILE, errno_names.ENOMEM})
 #: What a disk makes it say.
 _STORAGE: Final = frozenset(
     {
@@ -127,6 +130,9 @@ class BusyError(PeerError):
 class StorageError(UringmigError):
     """The kernel or the disk refused.
 
+    Made with an errno that tells of a limit of this process or its host, and of nothing about the
+    file, it is a `StorageLimitError`.
+
     Attributes:
         errno: the kernel's number, or None where there is none.
         path: the file concerned, or None.
@@ -134,6 +140,12 @@ class StorageError(UringmigError):
     """
 
     exit_code = 5
+
+    def __new__(cls, what: str, *, errno: int | None = None, **_: object) -> Self:
+        """Make a `StorageLimitError` where the errno is that of a limit."""
+        limited = cls is StorageError and errno in _FILE_LIMITS
+        # A subclass, which has its own name; whoever asks for StorageError gets one.
+        return super().__new__(StorageLimitError if limited else cls, what)  # type: ignore[return-value]
 
     def __init__(
         self,
@@ -177,6 +189,29 @@ class LimitError(HostError):
     @property
     def may_pass(self) -> bool:
         """Other processes may give some back."""
+        return True
+
+
+class StorageLimitError(StorageError, LimitError):
+    """A call on a file failed for want of a descriptor or of memory; the file may be all right."""
+
+    exit_code = LimitError.exit_code
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        errno: int | None = None,
+        path: str | os.PathLike[str] | None = None,
+        offset: int | None = None,
+        cure: str | None = None,
+    ) -> None:
+        cure = cure or _LIMITS.get(errno or 0)
+        super().__init__(what, errno=errno, path=path, offset=offset, cure=cure)
+
+    @property
+    def may_pass(self) -> bool:
+        """Somebody else gives some back."""
         return True
 
 

@@ -45,6 +45,8 @@ _REFUSED: Final = (
     sqlite3.SQLITE_PERM, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR,
     sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_NOLFS, sqlite3.SQLITE_PROTOCOL,
 )  # fmt: skip
+#: What SQLite has open at most: the file, its journal, their folder.
+_DESCRIPTORS: Final = 3
 CURE: Final = "`uringmig archive reindex` makes a new one from the manifests"
 
 _SCHEMA: Final = {
@@ -303,10 +305,30 @@ class Catalogue:
         # A file that we may write, and that SQLite does not, claims to be of a newer format.
         claims = primary == sqlite3.SQLITE_READONLY and os.access(self.path, os.W_OK)
         if primary in _REFUSED and not claims:
+            limit = errno.ENOMEM if primary == sqlite3.SQLITE_NOMEM else self._limit()
             raise StorageError(
-                f"cannot use the catalogue: {error}", path=self.path, cure=f"once it can be, {CURE}"
+                f"cannot use the catalogue: {error}",
+                errno=limit,
+                path=self.path,
+                cure=None if limit else f"once it can be, {CURE}",
             ) from None
         raise FormatError(f"{self.path}: the catalogue is damaged: {error}; {CURE}") from None
+
+    def _limit(self) -> int | None:
+        """The errno, if it is for want of descriptors that files cannot be opened.
+
+        SQLite keeps it to itself. Opened is the folder: to close the file would drop its locks.
+        """
+        opened: list[int] = []
+        try:
+            while len(opened) < _DESCRIPTORS:
+                opened.append(os.open(self.path.parent, os.O_RDONLY | os.O_CLOEXEC))
+        except OSError as error:
+            return error.errno if error.errno in (errno.EMFILE, errno.ENFILE) else None
+        finally:
+            for fd in opened:
+                os.close(fd)
+        return None
 
 
 def _with_checks_of(row: Row, known: Entry) -> Row:

@@ -23,7 +23,7 @@ from uringmig.archive.directory import Archive
 from uringmig.archive.entry import Entry
 from uringmig.archive.opening import OpenedEntry, open_entry
 from uringmig.contents.source import Row, all_rows, row_length
-from uringmig.errors import BytesError, StateError, StorageError, UringmigError
+from uringmig.errors import BytesError, LimitError, StateError, StorageError, UringmigError
 from uringmig.image.manifest import Tier
 from uringmig.options import ReadOptions
 from uringmig.progress import ProgressCallback, Teller
@@ -206,6 +206,8 @@ class _Visit:
         """Look at the entry; None if it was removed meanwhile."""
         try:
             opened = open_entry(self.entry, options=self.run.options, compared=True)
+        except LimitError:
+            raise  # no word of the entry
         except (BytesError, StorageError) as error:
             if not self.run.archive.has(self.entry.name):
                 return None
@@ -322,6 +324,8 @@ def _looked_at(
             mismatch = opened.mismatch(window)
             del left[row]
             yield row, mismatch
+    except LimitError:
+        raise
     except (BytesError, StorageError) as error:
         remaining = list(left)
         if len(remaining) == 1:

@@ -19,7 +19,7 @@ import msgspec
 from uringmig.archive.entry import Entry, entry_of, read_manifest
 from uringmig.archive.folder import sync_folder
 from uringmig.archive.record import record_of
-from uringmig.errors import FormatError, StorageError
+from uringmig.errors import FormatError, LimitError, StorageError
 from uringmig.storage.publication import PARTIAL
 
 SUFFIX: Final = ".damage.json"
@@ -74,6 +74,9 @@ def read_note(image: Path) -> Note | None:
     """Read the note of an entry; None is: nothing is known against it.
 
     A note that cannot be read is taken for damage: it would not be there without.
+
+    Raises:
+        LimitError: nothing can be read now.
     """
     path = note_path(image)
     try:
@@ -81,6 +84,8 @@ def read_note(image: Path) -> Note | None:
         entry = entry_of(image.parent, said.entry)
         if entry.image != str(image):
             raise FormatError(f"the note is of the entry {entry.name!r}")
+    except LimitError:
+        raise
     except (StorageError, FormatError, ValueError, RecursionError) as error:
         if isinstance(error, StorageError) and error.is_absent:
             return None

@@ -31,7 +31,7 @@ from uringmig.archive.entry import (
 )
 from uringmig.archive.folder import file_names, unwritten
 from uringmig.archive.salvage import Known
-from uringmig.errors import BytesError, StorageError
+from uringmig.errors import BytesError, LimitError, StorageError, explained
 from uringmig.image.manifest import SUFFIX as MANIFEST_SUFFIX
 from uringmig.image.manifest import Tier
 from uringmig.storage.publication import PARTIAL
@@ -209,6 +209,8 @@ def _look_at_manifest(
         if row is not None and stamp and row.manifest_stamp == stamp:
             return stamp, row.entry, "", False
         found = read_identity(image)
+    except LimitError:
+        raise  # of which the entry can do nothing
     except (BytesError, StorageError) as error:
         missing = isinstance(error, StorageError) and error.is_absent
         return "", known, "its manifest is missing" if missing else str(error), missing
@@ -227,6 +229,8 @@ def _look_at_image(image: Path, entry: Entry) -> tuple[str, bool]:
     except FileNotFoundError:
         return "its image is missing", True
     except OSError as error:
+        if isinstance(limit := explained(error), LimitError):
+            raise limit from None
         return f"its image cannot be looked at: {error.strerror}", False
     if not stat.S_ISREG(status.st_mode):
         return "its image is not a regular file", False

@@ -20,6 +20,7 @@ from uringmig.errors import (
     PeerError,
     StateError,
     StorageError,
+    StorageLimitError,
     UringmigError,
 )
 from uringmig.progress import Snapshot
@@ -32,7 +33,7 @@ _EXIT_CODES: Final = {
     kind.__name__: kind.exit_code
     for kind in (
         StateError, FormatError, MismatchError, PeerError, BusyError, StorageError, HostError,
-        LimitError, UringmigError,
+        LimitError, StorageLimitError, UringmigError,
     )
 }  # fmt: skip
 

@@ -373,7 +373,7 @@ class Run:
         delay = self._settings.backoff_s * 2 ** max(0, state.attempts - 1)
         delay = min(delay, _BACKOFF_SECONDS_MAX) * random.uniform(0.75, 1.25)
         state.not_before = time.monotonic() + delay
-        state.alone = state.kind == LimitError.__name__
+        state.alone = state.exit_code == LimitError.exit_code
         state.notes.append(f"attempt {state.attempts}: {state.error}")
         self._enter(state, "waiting")
 

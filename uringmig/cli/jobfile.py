@@ -8,7 +8,7 @@ from pathlib import Path
 
 from uringmig import signals
 from uringmig.batch.job import BYTES_MAX, parse_jobs
-from uringmig.errors import StateError
+from uringmig.errors import StateError, explained
 
 
 def read_job_text(path: Path) -> str:
@@ -16,6 +16,8 @@ def read_job_text(path: Path) -> str:
 
     Raises:
         StateError: it is no text of a sane size, or cannot be read.
+        LimitError: this process may open no more files.
+        StorageError: its disk is failing.
     """
     try:
         # A pipe is opened without waiting for its writer, and waited for where a signal ends that.
@@ -29,7 +31,8 @@ def read_job_text(path: Path) -> str:
                 data += more
             return data.decode()
     except OSError as error:
-        raise StateError(f"{path}: cannot read the job file: {error.strerror}") from None
+        why = f"{path}: cannot read the job file: {error.strerror}"
+        raise explained(error) or StateError(why) from None
     except UnicodeDecodeError as error:
         raise StateError(f"{path}: not UTF-8 at byte {error.start}") from None
 

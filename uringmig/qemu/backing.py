@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from uringmig.errors import PeerError
+from uringmig.errors import PeerError, explained
 from uringmig.qemu.monitor import HostBlock, Monitor, RamBackend
 
 #: Linux: show_map_vma in fs/proc/task_mmu.c.
@@ -74,7 +74,8 @@ def open_backing(monitor: Monitor, backend: RamBackend, *, private_too: bool = F
     except FileNotFoundError:
         raise PeerError(f"{what}: its file {path} has been removed") from None
     except OSError as error:
-        raise PeerError(f"{what}: its file {path} cannot be opened: {error.strerror}") from None
+        why = f"{what}: its file {path} cannot be opened: {error.strerror}"
+        raise explained(error) or PeerError(why) from None
     try:
         return Backing(fd, _check_file(monitor, backend, fd, path))
     except BaseException:

@@ -15,7 +15,7 @@ from typing import Final, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from uringmig.errors import HostError, StorageError
+from uringmig.errors import HostError, LimitError, StorageError, explained
 from uringmig.storage import liburing
 from uringmig.storage.engine import Operation
 from uringmig.storage.requests import Completions, IoBatch
@@ -110,17 +110,18 @@ class RingEngine:
 
     def _set_up(self, library: liburing.Library, *, entries: int) -> int:
         """Make the ring with the best flags this kernel knows; return them."""
-        reason = None
+        reason, kind = None, HostError
         for flags in SETUP_FLAGS:
             try:
                 liburing.queue_init(library, entries, self._ring, flags)
             except OSError as error:
                 reason = error.strerror
+                kind = LimitError if isinstance(explained(error), LimitError) else HostError
                 if error.errno != errno.EINVAL:
                     break
             else:
                 return flags
-        raise HostError(f"io_uring: a ring of {entries} entries failed: {reason}")
+        raise kind(f"io_uring: a ring of {entries} entries failed: {reason}")
 
     @staticmethod
     def _check(result: int) -> None:
