@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
+
 import msgspec
 import pytest
+from rich.console import Console
 
 from uringmig.batch.job import Job, parse_jobs
 from uringmig.batch.messages import Archived, Outcome
 from uringmig.batch.metrics import render
 from uringmig.batch.report import describe_run, render_markdown
 from uringmig.batch.state import DiskView, JobState, RunView, Stage, Summary
+from uringmig.cli.batchview import draw
 from uringmig.progress import Snapshot
 from uringmig.units import MiB
 
@@ -102,3 +106,23 @@ def test_outcomes_know_their_exit_codes() -> None:
     kinds = ("StateError", "MismatchError", "BusyError", "StorageError", "HostError", "Timeout")
     assert [code(kind) for kind in kinds] == [2, 3, 4, 5, 6, 4]
     assert Outcome(key="j", ending="done").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("in_flight", "line"),
+    [
+        (0, "disk h:vda: 0 of 16 requests admitted"),
+        (16, "disk h:vda: 16 of 16 requests admitted"),
+        (32, "disk h:vda: 16 of 16 requests admitted (all, to one job that asks for 32)"),
+    ],
+)
+def test_the_live_table_never_says_more_of_a_disk_than_there_is(in_flight: int, line: str) -> None:
+    """A measured depth holds no single job back, but it is not "32 of 16" that are admitted."""
+    disk = DiskView("h:vda", in_flight, 16, 0, None, None)
+    limited = DiskView("h:vdb", in_flight, 16, 5_000_000, 0.5, 1e6)
+    view = RunView(jobs=[], disks=[disk, limited], seconds=1.0, runner_bytes=0)
+    out = io.StringIO()
+    Console(file=out, width=200).print(draw(view, now=0.0))
+    first, second = [one.rstrip() for one in out.getvalue().splitlines()][-2:]
+    assert first == line
+    assert second == line.replace("vda", "vdb") + ", at most 5 MB/s, busy 50%, 1 MB/s"
