@@ -98,6 +98,7 @@ class Workbench:
         Raises:
             StorageError: for example ENOSPC, or O_DIRECT is required and cannot be had.
         """
+        signals.look()  # a trial of little data ends before its round is looked at
         blocks, layout = self._lay_out(length_bytes, every_other=trial.every_other)
         counters = [ChannelCounters() for _ in range(trial.options.channels)]
         with nameless_file(self._folder) as main, self._pages_of(main, trial.options) as file:
