@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from uringmig.batch.planning import PlanRow, free_space, make_plan
 from uringmig.errors import StorageError

@@ -103,29 +103,37 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True, tag="progress"):
     snapshot: Snapshot
 
 
-class Estimate(msgspec.Struct, frozen=True, kw_only=True, tag="estimate"):
+class Sizes(msgspec.Struct, frozen=True, kw_only=True):
     """What a job would take; bytes.
 
     Attributes:
-        kind: of the source.
+        kind: of the source; "" where it could not be looked at.
         memory_bytes: the guest's memory.
         stored_bytes: of it, in pages that are not known to be zero: what is read and written.
         file_bytes: what the entry takes on the disk, at most; for a cold one by a sample.
         at_most: both are bounds from the source's length, and it may be far less: to count them it
             would have to be read whole.
+    """
+
+    kind: str = ""
+    memory_bytes: int = 0
+    stored_bytes: int = 0
+    file_bytes: int = 0
+    at_most: bool = False
+
+
+class Estimate(Sizes, frozen=True, kw_only=True, tag="estimate"):
+    """What a job would take, and of which disks.
+
+    Attributes:
         fingerprint: of the source; "" where it cannot have one.
         source_disks: where it is read from; none for memory.
         archive_disks: where it is written to.
     """
 
-    kind: str
-    memory_bytes: int
-    stored_bytes: int
-    file_bytes: int
-    fingerprint: str
+    fingerprint: str = ""
     source_disks: tuple[Disk, ...]
     archive_disks: tuple[Disk, ...]
-    at_most: bool = False
 
 
 class MeasuredDepth(msgspec.Struct, frozen=True, kw_only=True, tag="depth"):

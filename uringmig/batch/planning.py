@@ -9,22 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from uringmig.batch.job import Tier
+from uringmig.batch.messages import Sizes
 from uringmig.errors import StorageError
 from uringmig.storage.publication import PARTIAL
 from uringmig.units import format_size
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlanRow:
-    """One job of a plan; bytes.
+class PlanRow(Sizes, frozen=True, kw_only=True):
+    """One job of a plan, and its sizes where they are known; ``at_most`` refuses no plan.
 
     Attributes:
         entry: its name in the archive.
-        kind: of the source; "" where it could not be looked at.
-        stored_bytes: of the guest's memory, in pages that are not known to be zero.
-        file_bytes: what the entry takes at most.
-        at_most: ``file_bytes`` is only a bound; the plan is not refused for its sake.
-        stored_at_most: ``stored_bytes`` is only a bound, too.
+        stored_at_most: ``stored_bytes`` is a bound, too; ``at_most`` alone is of ``file_bytes``.
         done: why there is nothing to do, or "".
         problem: why it is not known what there is to do, or "".
         warning: what will not be as asked for, or "".
@@ -35,11 +31,6 @@ class PlanRow:
     entry: str
     archive: str
     tier: Tier
-    kind: str = ""
-    memory_bytes: int = 0
-    stored_bytes: int = 0
-    file_bytes: int = 0
-    at_most: bool = False
     stored_at_most: bool = False
     done: str = ""
     problem: str = ""

@@ -11,8 +11,10 @@ import os
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
+
+from msgspec import structs
 
 from uringmig.archive.directory import EntryFiles
 from uringmig.batch.admission import DEPTH_OTHERWISE, Admission, Allowance
@@ -32,6 +34,7 @@ from uringmig.batch.messages import (
     Order,
     Outcome,
     Progress,
+    Sizes,
     failure,
 )
 from uringmig.batch.planning import Plan, PlanRow, free_space, make_plan
@@ -150,10 +153,10 @@ class Run:
         trouble, begun = self._ledger.sharing_trouble(state)
         if trouble is None:
             # What is shared with the earlier image takes no room.
-            return replace(row, at_most=row.at_most or begun)
+            return structs.replace(row, at_most=row.at_most or begun)
         if not begun:  # later on each attempt says it
             state.warnings.append(f"later images will share nothing: {trouble}")
-        return replace(row, warning=f"nothing will be shared: {trouble}")
+        return structs.replace(row, warning=f"nothing will be shared: {trouble}")
 
     def execute(self) -> Summary:
         """Archive, after `plan`; returns when every job is through, or the run was stopped."""
@@ -450,7 +453,9 @@ class _Disks:
 
 def _plan_row(state: JobState) -> PlanRow:
     """A job in the plan."""
-    row = PlanRow(
+    estimate = None if state.stage == "skipped" else state.estimate
+    sizes = {name: getattr(estimate, name) for name in Sizes.__struct_fields__} if estimate else {}
+    return PlanRow(
         job=state.job.name,
         entry=state.entry,
         archive=state.job.archive,
@@ -458,18 +463,8 @@ def _plan_row(state: JobState) -> PlanRow:
         done=state.notes[-1] if state.stage == "skipped" else "",
         problem=state.error,
         exit_code=state.exit_code if state.refused else 0,
-    )
-    estimate = state.estimate
-    if estimate is None or state.stage == "skipped":
-        return row
-    return replace(
-        row,
-        kind=estimate.kind,
-        memory_bytes=estimate.memory_bytes,
-        stored_bytes=estimate.stored_bytes,
-        file_bytes=estimate.file_bytes,
-        at_most=estimate.at_most,
-        stored_at_most=estimate.at_most,
+        stored_at_most=estimate is not None and estimate.at_most,
+        **sizes,
     )
 
 
@@ -477,11 +472,6 @@ def _unseen(job: Job) -> Estimate:
     """What is known of a job whose source could not be looked at."""
     source = job.source.image if isinstance(job.source, ImageSource) else None
     return Estimate(
-        kind="",
-        memory_bytes=0,
-        stored_bytes=0,
-        file_bytes=0,
-        fingerprint="",
         source_disks=() if source is None else disks_of(source),
         archive_disks=disks_of(job.archive),
     )
