@@ -50,8 +50,8 @@ ARROWS: Final[dict[str, tuple[str, ...]]] = {
     ),
     "": ("format", "memory", "progress", "reader", "result", "verify", "writer"),
     "batch": (
-        "archive", "bench.profile", "contents", "progress", "qemu", "signals", "starting",
-        "storage", "verify",
+        "archive", "bench.depth", "bench.profile", "contents", "progress", "qemu", "signals",
+        "starting", "storage", "verify",
     ),
     "batch.admission": ("batch.job", "batch.messages"),
     "batch.job": ("qemu.address",),

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from loopdisk import mounted
 
-from uringmig.batch.disks import DiskUse, disks_of, measure_depth
+from uringmig.batch.disks import DiskUse, disks_of
+from uringmig.bench.depth import measure_depth
 from uringmig.errors import StorageError
 from uringmig.units import MiB
 

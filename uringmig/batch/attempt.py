@@ -18,7 +18,7 @@ from uringmig.archive.coldread import is_cold, open_cold
 from uringmig.archive.copied import LIVE_KINDS, EntryLabel, TierResult
 from uringmig.archive.hot import write_hot
 from uringmig.archive.removing import remove_files
-from uringmig.batch.disks import disks_of, measure_depth
+from uringmig.batch.disks import disks_of
 from uringmig.batch.job import ImageSource, Job, MemoryFilesSource, QmpSource
 from uringmig.batch.messages import (
     Archived,
@@ -26,10 +26,12 @@ from uringmig.batch.messages import (
     Estimate,
     Examine,
     Measure,
+    MeasuredDepth,
     Order,
     OrderResult,
 )
 from uringmig.batch.planning import PlanRow, free_space, make_plan, taken_by_partial
+from uringmig.bench.depth import measure_depth
 from uringmig.contents.memoryfiles import MemoryFileBlock, open_memory
 from uringmig.contents.opening import look_at, open_contents
 from uringmig.contents.plainfile import PlainFileContents
@@ -60,7 +62,8 @@ def carry_out(order: Order, tell: Callable[[Snapshot], None]) -> OrderResult:
         case Examine():
             return examine(order.job)
         case Measure():
-            return measure_depth(order.path, depth_max=order.depth_max)
+            found = measure_depth(order.path, depth_max=order.depth_max)
+            return MeasuredDepth(depth=found.depth, rate=found.rate)
         case Attempt():
             return archive(order, tell)
 
