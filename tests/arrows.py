@@ -59,7 +59,7 @@ ARROWS: Final[dict[str, tuple[str, ...]]] = {
     "batch.messages": ("batch.job", "progress"),
     "archive": (
         "contents", "format", "image", "memory.source", "pages", "progress", "qemu.monitor",
-        "qemu.streamload", "reader", "result", "storage", "transfer", "verify",
+        "qemu.streamload", "reader", "result", "signals", "storage", "transfer", "verify",
     ),
     "archive.coldformat": ("format", "image.digest", "pages"),
     "archive.copyjournal": ("format", "image.digest"),
@@ -88,7 +88,7 @@ ARROWS: Final[dict[str, tuple[str, ...]]] = {
     ),
     "reader": ("format", "image.parse", "memory", "pages", "progress", "storage", "transfer"),
     "result": ("image.manifest", "progress"),
-    "image": ("format", "memory.source", "pages", "progress", "storage", "transfer.plan"),
+    "image": ("format", "memory.source", "pages", "progress", "signals", "storage", "transfer.plan"),
     "image.digest": (),
     "image.manifest": ("image.digest",),
     "image.window": ("pages", "transfer.plan"),

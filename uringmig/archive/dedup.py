@@ -26,6 +26,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from uringmig import signals
 from uringmig.archive.intake import TakenWindow
 from uringmig.errors import FormatError, StorageError, UringmigError
 from uringmig.format.layout import ImageLayout
@@ -67,6 +68,7 @@ _NO_REFLINK: Final = {
     ),
     errno.EXDEV: ("the earlier image is on another file system", "archive to that, or do without"),
 }
+_CLONED_AT_ONCE: Final = 1 << 30
 _WORDS_PER_PAGE: Final = PAGE_SIZE // 8
 #: Slots looked through in one go for what is to be freed, between two looks at signals.
 _FREED_AT_ONCE: Final = 256 * MiB
@@ -250,8 +252,11 @@ def clone_pages(previous: Path, layout: ImageLayout, main: MainFile) -> None:
             if area is None or not is_aligned(area.pages_offset, block_bytes):
                 continue
             length = align_down(min(area.used_length, place.used_length), block_bytes)
-            if length:
-                _clone(source, area.pages_offset, length, main, place.pages_offset)
+            # In pieces: one of many extents takes the kernel seconds.
+            for at in range(0, length, _CLONED_AT_ONCE):
+                signals.look()
+                piece = min(_CLONED_AT_ONCE, length - at)
+                _clone(source, area.pages_offset + at, piece, main, place.pages_offset + at)
         source.drop_cache()
     finally:
         source.close()
@@ -339,6 +344,7 @@ def shared_bytes(main: MainFile) -> int:
     """
     start, shared = 0, 0
     while True:
+        signals.look()
         request = bytearray(_FIEMAP_HEADER.size + _EXTENTS_AT_ONCE * _FIEMAP_EXTENT.size)
         _FIEMAP_HEADER.pack_into(
             request, 0, start, (1 << 63) - 1 - start, _FIEMAP_FLAG_SYNC, 0, _EXTENTS_AT_ONCE, 0

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from msgspec import structs
 
+from uringmig import signals
 from uringmig.archive.catalogue import Catalogue, Row
 from uringmig.archive.damagenotes import SUFFIX as NOTE_SUFFIX
 from uringmig.archive.damagenotes import write_note
@@ -114,6 +115,7 @@ def heal(folder: Path, catalogue: Catalogue, *, anew: bool = False) -> HealRepor
 def _keep_notes(found: Look, report: HealReport) -> None:
     """Note what is known against entries and lies in no note yet."""
     for seen in found.seen:
+        signals.look()
         if seen.unkept and seen.row is not None:
             try:
                 write_note(seen.row.entry, seen.damage)
@@ -162,12 +164,14 @@ def _is_known(row: Row, known: Known) -> bool:
 def clear_leftovers(folder: Path, report: HealReport) -> None:
     """Finish publications that lack only a rename, and remove what cannot go on."""
     for name in sorted(file_names(folder)):
+        signals.look()
         if image := _image_of(name, _SIDECAR_FORMER) or _image_of(name, FORMER):
             _settle(folder / image, report)
         elif name.startswith(_SCRATCH):
             _clear(folder / name, report)
     names = file_names(folder)
     for name in sorted(names):
+        signals.look()
         if image := _image_of(name, _SIDECAR_PARTIAL):
             if image in names:
                 _finish_publication(folder / image, folder / name, report)

@@ -18,6 +18,7 @@ from typing import Final
 
 from msgspec import structs
 
+from uringmig import signals
 from uringmig.archive.catalogue import Row
 from uringmig.archive.damagenotes import STREAM_CHUNK, Damage, Note, read_note
 from uringmig.archive.damagenotes import SUFFIX as NOTE_SUFFIX
@@ -100,6 +101,7 @@ def look(
     found = Look()
     taken: dict[str, Path] = {}
     for image in _candidates(folder, names, known):
+        signals.look()
         name, tier = split_image_name(image.name) or ("", "hot")
         row = known.rows.get(name)
         seen = look_at(

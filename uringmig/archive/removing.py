@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
+from uringmig import signals
 from uringmig.archive.catalogue import Catalogue, Row
 from uringmig.archive.damagenotes import note_path
 from uringmig.archive.entry import journal_path, manifest_path, split_image_name
@@ -30,7 +31,7 @@ def remove_entries(catalogue: Catalogue, images: Sequence[Path]) -> list[str]:
 
     Raises:
         StorageError: a file cannot be removed. Entries whose manifest is still there are whole, the
-            next to open the archive goes on with the others.
+            next to open the archive goes on with the others. So it is after a signal.
     """
     if not catalogue.exists:
         remove_files(images)
@@ -39,7 +40,7 @@ def remove_entries(catalogue: Catalogue, images: Sequence[Path]) -> list[str]:
     _trouble_with(lambda: catalogue.mark(_names(images), removing=True))
     try:
         remove_files(images)
-    except StorageError:
+    except (StorageError, signals.Interrupted):
         whole = [image for image in images if os.path.lexists(manifest_path(image))]
         _trouble_with(lambda: catalogue.mark(_names(whole), removing=False))
         raise
@@ -89,6 +90,7 @@ def _unlink(paths: Iterable[Path], folders: Iterable[Path]) -> None:
     """Remove files, durably."""
     any_gone = False
     for path in paths:
+        signals.look()
         try:
             path.unlink()
         except FileNotFoundError:

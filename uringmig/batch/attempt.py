@@ -42,7 +42,7 @@ from uringmig.options import PAGE_SIZE, ReadOptions
 from uringmig.progress import ProgressCallback, Snapshot
 from uringmig.qemu.monitor import Monitor
 from uringmig.qemu.sharedram import hold_guest, mapped_memories
-from uringmig.signals import Interrupted, after_commit
+from uringmig.signals import Interrupted, after_commit, look
 from uringmig.units import MiB, div_ceil
 from uringmig.verify import verify
 
@@ -326,6 +326,7 @@ def _sampled_ratio(source: Contents | PlainLook, level: int) -> float:
     compressor = zstandard.ZstdCompressor(level=level)
     before = after = 0
     for piece in source.samples() if isinstance(source, PlainLook) else _samples(source):
+        look()
         before += len(piece)
         after += len(compressor.compress(piece))
     return min(1.0, after / before) if before else 1.0

@@ -12,6 +12,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from uringmig import signals
 from uringmig.errors import FormatError, StateError
 from uringmig.format.constants import TAIL_BYTES_MAX, VMDESCRIPTION_BYTES_MAX
 from uringmig.format.cursor import BE32
@@ -170,6 +171,7 @@ def stream_digest(file: MainFile, *, base: int, blocks: Sequence[BlockLayout]) -
         raise FormatError("too much between the page areas", found=f"{total} bytes")
     for start, end in zip(starts, ends, strict=True):
         for at in range(start, end, _PIECE_BYTES):
+            signals.look()
             digest.update(at, file.read_at(at, min(_PIECE_BYTES, end - at)))
     return digest.hexdigest()
 
