@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -75,6 +76,41 @@ def test_a_running_guest_in_both_tiers_restored_from_the_cold_one(
     target = start_machine(memory_bytes=GUEST_BYTES, guest=guest, incoming=True)
     done = uringmig(
         "archive", "restore", tmp_path / "archive", "cold", "--qmp", target.qmp_path,
+        "--then", "cont",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert target.console.digest() == digest
+
+
+@pytest.mark.parametrize("tier", ["hot", "cold"])
+def test_a_running_guest_in_small_blocks_read_back(
+    live: tuple[Machine, str], guest: GuestImage, start_machine: StartMachine, tmp_path: Path,
+    tier: str,
+) -> None:  # fmt: skip
+    """Two pages a request, compared with the disk; what is told of it is told everywhere."""
+    machine, digest = live
+    path = write_jobs(
+        tmp_path,
+        job("vm", f"qmp = '{machine.qmp_path}'", tier=tier, block_size="8K", verify=True),
+        defaults='entry = "{name}"\nlevel = 1',
+    )
+    ended = run_jobs(path, "--report", tmp_path / "report")
+    assert ended.code == 0, ended.err
+    assert_goes_on(machine)
+    end = job_ends(ended)["vm"]
+    archived = end["archived"]
+    assert archived["verified"]
+    assert archived["stopped_seconds"] > 0
+    assert (end["notes"], end["warnings"]) == (archived["notes"], archived["warnings"])
+    [report] = (tmp_path / "report").glob("*.json")
+    assert json.loads(report.read_bytes())["jobs"] == [end]
+    entry = check_archive(tmp_path / "archive")["vm"]
+    assert (entry.condition, entry.tier) == ("good", tier)
+    manifest = json.loads(Path(entry.manifest).read_bytes())
+    assert manifest["settings"]["block_size"] == 8 << 10
+    target = start_machine(memory_bytes=GUEST_BYTES, guest=guest, incoming=True)
+    done = uringmig(
+        "archive", "restore", tmp_path / "archive", "vm", "--qmp", target.qmp_path,
         "--then", "cont",
     )  # fmt: skip
     assert done.code == 0, done.err
