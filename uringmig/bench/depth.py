@@ -1,7 +1,7 @@
 """How many requests at a time a disk needs, found in half a second.
 
-Raw requests of one buffer are timed. A trial (`bench.trial`) is no measure of this: it times a whole
-save, with its digests and its sync, and it cannot read.
+Raw requests of one buffer are timed. A trial (`bench.trial`) is no measure of this: it times a
+whole save, with its digests and its sync, and it cannot read.
 """
 
 from __future__ import annotations
