@@ -73,6 +73,7 @@ BASES: Final = (
     "options.TransferOptions",
     "errors.BytesError",
     "archive.record.EntryRecord",
+    "archive.record.CopyFigures",
     "image.manifest.ArchiveFields",
 )
 _WIDTH: Final = 92

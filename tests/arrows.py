@@ -56,7 +56,7 @@ ARROWS: Final[dict[str, tuple[str, ...]]] = {
     "batch.admission": ("batch.job", "batch.messages"),
     "batch.job": ("qemu.address",),
     "batch.journal": (),
-    "batch.messages": ("batch.job", "progress"),
+    "batch.messages": ("archive.record", "batch.job", "progress"),
     "archive": (
         "contents", "format", "image", "memory.source", "pages", "progress", "qemu.monitor",
         "qemu.streamload", "reader", "result", "signals", "storage", "transfer", "verify",

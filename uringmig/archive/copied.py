@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uringmig.archive.copyjournal import Chunk
+from uringmig.archive.record import CopyFigures
 from uringmig.contents.source import Contents, ContentsBlock, Row, all_rows, window_of
 from uringmig.format.layout import bitmap_length
 from uringmig.image import digest
@@ -43,20 +44,11 @@ class EntryLabel:
     source_path: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TierResult:
-    """A published image of an archive; sizes in bytes.
+class TierResult(CopyFigures, frozen=True, kw_only=True):
+    """A published image of an archive, see `CopyFigures` too.
 
     Attributes:
-        file_bytes: length of the file.
-        allocated_bytes: what the file system counts for it, shared blocks included.
-        memory_bytes: guest memory it stands for.
-        stored_bytes: guest memory in pages that are set.
-        shared_bytes: of the file, that another file has too (reflink).
-        resumed_bytes: guest memory taken over from an interrupted copy.
         written_bytes: moved to the file by this copy.
-        ratio: bytes of the pages stored for each byte they take in the file.
-        seconds: elapsed.
         notes: what the operator should know, one line each.
         warnings: what went amiss although the image is whole.
     """
@@ -64,15 +56,7 @@ class TierResult:
     path: str
     manifest_path: str
     tier: Tier
-    file_bytes: int
-    allocated_bytes: int
-    memory_bytes: int
-    stored_bytes: int
-    shared_bytes: int
-    resumed_bytes: int
     written_bytes: int
-    ratio: float
-    seconds: float
     manifest: ArchiveManifest
     notes: tuple[str, ...]
     warnings: tuple[str, ...] = ()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -194,7 +193,7 @@ class HotCopy:
         result = self._copy.publish(
             finished.durable, described, fields, shared_bytes=shared, ratio=1.0
         )
-        return replace(result, warnings=tuple(self._earlier.warnings))
+        return msgspec.structs.replace(result, warnings=tuple(self._earlier.warnings))
 
 
 class _HotWork:

@@ -1,4 +1,4 @@
-"""What an entry of an archive is: one record, wherever it is written down.  Pure.
+"""What an entry of an archive is, and what its copy came to: said once for all who hold it.  Pure.
 
 A manifest holds most of it (`image.manifest.ArchiveFields`, and three fields beside them); the
 catalogue and the notes of damage keep all of it.
@@ -31,6 +31,30 @@ class EntryRecord(ArchiveFields, frozen=True, kw_only=True, forbid_unknown_field
     machine: Label
     file_bytes: Size
     manifest_digest: _ManifestDigest = ""
+
+
+class CopyFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """What a copy into an archive came to; sizes in bytes.
+
+    Attributes:
+        memory_bytes: guest memory it stands for.
+        stored_bytes: guest memory in pages that are set.
+        file_bytes: length of the image's file.
+        allocated_bytes: what the file system counts for it, shared blocks included.
+        shared_bytes: of the file, that another file has too (reflink).
+        resumed_bytes: guest memory taken over from an interrupted copy.
+        ratio: bytes of the pages stored for each byte they take in the file.
+        seconds: elapsed.
+    """
+
+    memory_bytes: int
+    stored_bytes: int
+    file_bytes: int
+    allocated_bytes: int
+    shared_bytes: int = 0
+    resumed_bytes: int = 0
+    ratio: float
+    seconds: float = 0.0
 
 
 def record_of(entry: EntryRecord) -> dict[str, object]:

@@ -17,6 +17,7 @@ from uringmig.archive.cold import write_cold
 from uringmig.archive.coldread import is_cold, open_cold
 from uringmig.archive.copied import LIVE_KINDS, EntryLabel, TierResult
 from uringmig.archive.hot import write_hot
+from uringmig.archive.record import CopyFigures
 from uringmig.archive.removing import remove_files
 from uringmig.batch.disks import disks_of
 from uringmig.batch.job import ImageSource, Job, MemoryFilesSource, QmpSource
@@ -236,14 +237,7 @@ def _archived(
         kind=fields.source_kind,
         content_digest=fields.content_digest,
         fingerprint="" if contents.kind in LIVE_KINDS else fields.source_fingerprint,
-        memory_bytes=written.memory_bytes,
-        stored_bytes=written.stored_bytes,
-        file_bytes=written.file_bytes,
-        allocated_bytes=written.allocated_bytes,
-        shared_bytes=written.shared_bytes,
-        resumed_bytes=written.resumed_bytes,
-        ratio=written.ratio,
-        seconds=written.seconds,
+        **{name: getattr(written, name) for name in CopyFigures.__struct_fields__},
         stopped_seconds=stopped_seconds,
         verified=verified,
         notes=tuple(dict.fromkeys((*contents.notes, *written.notes, *read_back))),

@@ -326,9 +326,6 @@ def describe_entry(entry: Entry) -> Archived:
         stored_bytes=entry.stored_bytes,
         file_bytes=entry.file_bytes,
         allocated_bytes=Path(entry.image).stat().st_blocks * 512,
-        shared_bytes=0,
-        resumed_bytes=0,
         ratio=entry.stored_bytes / max(1, entry.file_bytes),
-        seconds=0.0,
         verified=entry.condition == "good",
     )

@@ -10,6 +10,7 @@ from typing import Final, Literal
 
 import msgspec
 
+from uringmig.archive.record import CopyFigures
 from uringmig.batch.job import Job
 from uringmig.errors import (
     BusyError,
@@ -143,8 +144,8 @@ class MeasuredDepth(msgspec.Struct, frozen=True, kw_only=True, tag="depth"):
     rate: float
 
 
-class Archived(msgspec.Struct, frozen=True, kw_only=True, tag="archived"):
-    """What a finished job put into the archive; bytes and seconds.
+class Archived(CopyFigures, frozen=True, kw_only=True, tag="archived"):
+    """What a finished job put into the archive, see `CopyFigures` too.
 
     Attributes:
         stopped_seconds: how long a live guest stood still.
@@ -157,14 +158,6 @@ class Archived(msgspec.Struct, frozen=True, kw_only=True, tag="archived"):
     kind: str
     content_digest: str
     fingerprint: str
-    memory_bytes: int
-    stored_bytes: int
-    file_bytes: int
-    allocated_bytes: int
-    shared_bytes: int
-    resumed_bytes: int
-    ratio: float
-    seconds: float
     stopped_seconds: float = 0.0
     verified: bool = False
     notes: tuple[str, ...] = ()
