@@ -258,7 +258,9 @@ class Catalogue:
             # Off, so that a damaged or foreign file can make SQLite run or skip nothing.
             connection.execute("PRAGMA trusted_schema = OFF")
             connection.execute("PRAGMA cell_size_check = ON")
-            connection.execute("PRAGMA synchronous = FULL")
+            # A commit is the removal of the rollback journal, and only EXTRA makes that durable:
+            # else a power cut could undo a mark, and keep the removal of files that it announced.
+            connection.execute("PRAGMA synchronous = EXTRA")
         except BaseException:
             connection.close()
             raise
