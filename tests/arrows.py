@@ -88,7 +88,9 @@ ARROWS: Final[dict[str, tuple[str, ...]]] = {
     ),
     "reader": ("format", "image.parse", "memory", "pages", "progress", "storage", "transfer"),
     "result": ("image.manifest", "progress"),
-    "image": ("format", "memory.source", "pages", "progress", "signals", "storage", "transfer.plan"),
+    "image": (
+        "format", "memory.source", "pages", "progress", "signals", "storage", "transfer.plan",
+    ),
     "image.digest": (),
     "image.manifest": ("image.digest",),
     "image.window": ("pages", "transfer.plan"),
