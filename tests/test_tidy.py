@@ -137,7 +137,9 @@ def scratch_files_have_no_names(module: Module) -> Iterator[str]:
     """A file with a name stays when the process is killed; see storage/nameless.py."""
     if module.in_package and not module.name.startswith("testing."):
         for line, text in enumerate(module.source.splitlines(), 1):
-            if re.search(r"\b(NamedTemporaryFile|TemporaryDirectory|mkstemp|mkdtemp)\b", text):
+            if re.search(
+                r"\b((Named|Spooled)?TemporaryFile|TemporaryDirectory|mkstemp|mkdtemp)\b", text
+            ):
                 yield f"{line}: scratch files are those of storage/nameless.py"
 
 
@@ -342,6 +344,7 @@ BAD: Final[list[tuple[Callable[[Module], Iterator[str]], str, str]]] = [
     (pure_stays_pure, "transfer.slots", "data = open('x')"),
     (liburing_has_one_door, "storage.ring", "import liburing"),
     (scratch_files_have_no_names, "batch.disks", "from tempfile import NamedTemporaryFile"),
+    (scratch_files_have_no_names, "batch.account", "with tempfile.TemporaryFile() as file: pass"),
     (liburing_has_one_door, "cli", "from liburing import Ring"),
     (liburing_has_one_door, "transfer.channel", "from uringmig.storage import liburing"),
     (liburing_has_one_door, "storage.pwrite", "lib = ctypes.CDLL('liburing-ffi.so.2')"),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -26,6 +25,7 @@ from uringmig.batch.runner import Run
 from uringmig.batch.state import JobState, RunView, Summary
 from uringmig.errors import BUG_EXIT_CODE, UringmigError, explained
 from uringmig.signals import SIGNAL_EXIT_CODE, Interrupted, deferred
+from uringmig.storage.nameless import owner_of_new_files
 
 
 class Account:
@@ -60,8 +60,7 @@ class Account:
         if self._report is not None:
             try:
                 self._report.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryFile(dir=self._report):
-                    pass
+                owner_of_new_files(str(self._report))
             except OSError as error:
                 self._tell(f"{self._report}: no report can be written: {error.strerror}")
         return self
