@@ -26,7 +26,9 @@ from smallguests import (
     ramblocks_of,
 )
 
-from uringmig import MappedRamWriter, Snapshot
+from uringmig import MappedRamWriter, ReadOptions, Snapshot
+from uringmig.contents.opening import open_contents
+from uringmig.contents.source import all_rows
 
 #: Saves a guest again and again until it is interrupted; then says so.
 CHILD = """
@@ -69,6 +71,35 @@ def test_raised_by_a_callback(phase: str, tmp_path: Path) -> None:
         save()
     assert left_in(tmp_path) == []
     assert not [one for one in threading.enumerate() if one.name.startswith("multifd")]
+
+
+def test_of_whoever_reads_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is closed only when no channel reads it any more, though the wait is struck."""
+    with MappedRamWriter(
+        tmp_path / "vm", ramblocks_of(make_guest(ram_bytes=64 * MIB)), options=OPTIONS
+    ) as writer:
+        writer.write_all()
+        writer.finish()
+    join, strikes = threading.Thread.join, iter([KeyboardInterrupt, KeyboardInterrupt])
+
+    def struck(thread: threading.Thread, timeout: float | None = None) -> None:
+        if threading.current_thread() is threading.main_thread() and next(strikes, None):
+            raise KeyboardInterrupt
+        join(thread, timeout)
+
+    def read_one() -> None:
+        slow = ReadOptions(channels=2, rate=16 * MIB)
+        with open_contents(tmp_path / "vm", options=slow) as contents:
+            windows = contents.windows(all_rows(contents.blocks))
+            next(iter(windows))
+            monkeypatch.setattr(threading.Thread, "join", struck)
+            windows.close()  # type: ignore[attr-defined]  # it is a generator
+
+    before = threading.active_count()
+    with pytest.raises(KeyboardInterrupt):
+        read_one()
+    assert threading.active_count() == before
+    assert next(strikes, None) is None, "the wait was struck"
 
 
 def test_at_random_moments(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from uringmig.pages.runs import runs_from_bits
 from uringmig.progress import ChannelCounters
 from uringmig.storage.buffers import aligned_buffer
 from uringmig.storage.requests import IoPlan
-from uringmig.transfer.channel import ChannelFile, run_round
+from uringmig.transfer.channel import ChannelFile, join_all, run_round
 from uringmig.transfer.plan import Window
 
 #: Buffers of a channel beside those that requests fill.
@@ -187,7 +187,8 @@ def _fill(
         stopping.set()
         for work in works:
             work.free.put(None)
-        driver.join()
+        # Whoever closed this closes the file next, which the channels still read.
+        join_all([driver])
 
 
 def zero_window(window: Window, zeros: NDArray[np.uint8]) -> WindowRead:

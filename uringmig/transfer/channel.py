@@ -352,15 +352,7 @@ class Round:
         is left; so whoever frees memory and descriptor calls it first in any case.
         """
         self._stopping.set()
-        interrupt = None
-        for thread in self._threads:
-            while thread.is_alive():
-                try:
-                    thread.join()
-                except KeyboardInterrupt as error:
-                    interrupt = error
-        if interrupt is not None:
-            raise interrupt
+        join_all(self._threads)
 
     def _run(self, channel: Channel) -> None:
         """One channel's thread."""
@@ -410,3 +402,20 @@ def _start(thread: threading.Thread) -> None:
 def needs_bounce(file: DirectFile, address: int) -> bool:
     """Say whether memory at ``address`` must be copied to be written with O_DIRECT."""
     return file.direct and address % file.alignment.memory != 0
+
+
+def join_all(threads: Sequence[threading.Thread]) -> None:
+    """Wait until all threads have ended, whatever comes meanwhile.
+
+    Raises:
+        KeyboardInterrupt: it came while they were waited for; they have ended all the same.
+    """
+    interrupt = None
+    for thread in threads:
+        while thread.is_alive():
+            try:
+                thread.join()
+            except KeyboardInterrupt as error:
+                interrupt = error
+    if interrupt is not None:
+        raise interrupt
