@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Generator
 
 import pytest
@@ -12,6 +13,19 @@ pytest_plugins = ["realguest"]
 
 #: A skip says what a machine lacks. The CI machine lacks nothing, so there a skip is a defect.
 SKIPS_FAIL = os.environ.get("CI") == "true"
+
+
+def pytest_configure() -> None:
+    """Undo what nohup and a shell's background jobs do: signals that tests send would be ignored.
+
+    The program means to keep ignored what its caller has it ignore, and so do its children.
+    """
+    for number, handler in (
+        (signal.SIGINT, signal.default_int_handler),
+        (signal.SIGHUP, signal.SIG_DFL),
+    ):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 @pytest.hookimpl(wrapper=True)
