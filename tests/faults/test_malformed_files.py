@@ -128,7 +128,7 @@ def commands(number: int) -> Wrong:
 
 
 STREAM = {
-    "magic": Wrong({"magic": 0x5145564E}, "magic", 0x5145564D, 0x5145564E),
+    "magic": Wrong({"magic": 0x5145564E}, "magic", "QEVM", "'QEVN'"),
     "obsolete version": Wrong({"version": 2}, "version", 3, 2),
     "future version": Wrong({"version": 4}, "version", 3, 4),
     "no configuration": Wrong({"config": b""}, "start", 7, 1),
