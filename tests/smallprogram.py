@@ -8,6 +8,7 @@ that do by the library what no command does for so little: ``save-guest PATH NUM
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,10 +28,10 @@ from uringmig.units import KiB, MiB
 COMMAND = [sys.executable, __file__]
 
 
-def be_small() -> None:
-    """Make checkpoints of what is small, in this process."""
-    copyrun.CHECKPOINT_BYTES = MiB  # type: ignore[misc]
-    channel._INTERVAL_SECONDS = 0.001  # type: ignore[misc]
+def be_small(set_attribute: Callable[[object, str, object], None] = setattr) -> None:
+    """Make checkpoints of what is small, in this process; a test passes one that is undone."""
+    set_attribute(copyrun, "CHECKPOINT_BYTES", MiB)
+    set_attribute(channel, "_INTERVAL_SECONDS", 0.001)
 
 
 def small_guest(number: int, *, ram_bytes: int = 512 * KiB) -> Memories:

@@ -141,11 +141,15 @@ class StorageError(UringmigError):
 
     exit_code = 5
 
-    def __new__(cls, what: str, *, errno: int | None = None, **_: object) -> Self:
-        """Make a `StorageLimitError` where the errno is that of a limit."""
+    def __new__(cls, *args: object, errno: int | None = None, **_: object) -> Self:
+        """Make a `StorageLimitError` where the errno is that of a limit.
+
+        Without arguments too: libraries that carry an error to another process call it so, and fill
+        in the attributes afterwards.
+        """
         limited = cls is StorageError and errno in _FILE_LIMITS
         # A subclass, which has its own name; whoever asks for StorageError gets one.
-        return super().__new__(StorageLimitError if limited else cls, what)  # type: ignore[return-value]
+        return super().__new__(StorageLimitError if limited else cls, *args)  # type: ignore[return-value]
 
     def __init__(
         self,

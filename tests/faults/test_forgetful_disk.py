@@ -90,12 +90,12 @@ def test_save(folder: Path, former: bool, with_manifest: bool) -> None:
     run.cut_by(0.1, check)
 
 
-def test_archive_run(folder: Path) -> None:
+def test_archive_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Entries are whole or not there, done ones are there; the next run ends what was begun.
 
     It resumes from journal and checkpoints, and what comes of that is the right memory.
     """
-    be_small()
+    be_small(monkeypatch.setattr)
     root = folder / "archive"
     source = folder / "source.mig"
     save_guest(source, 1, ram_bytes=COPIED_BYTES)

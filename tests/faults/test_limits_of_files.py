@@ -87,6 +87,16 @@ def test_a_limit_is_told_by_the_errno_wherever_it_is_met(number: int) -> None:
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
 
+@pytest.mark.parametrize("number", [None, errno.EIO, errno.EMFILE])
+def test_an_error_can_be_made_the_way_a_cluster_carries_it(number: int | None) -> None:
+    """Dask has its errors made without arguments, by ``__new__``, and filled in afterwards."""
+    error = StorageError("cannot open", errno=number, path="/a/b")
+    copy = type(error).__new__(type(error))
+    vars(copy).update(vars(error))
+    copy.args = error.args
+    assert (type(copy), str(copy), vars(copy)) == (type(error), str(error), vars(error))
+
+
 @pytest.mark.parametrize("number", [None, errno.EIO, errno.EAGAIN, errno.ENOSPC])
 def test_what_is_said_of_the_file_is_no_limit(number: int | None) -> None:
     """EAGAIN is: another process holds a lock on it."""
