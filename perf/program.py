@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -50,6 +51,7 @@ class Program:
             command = [
                 str(PROGRAM),
                 "save",
+                "--json",
                 *options,
                 "--qmp",
                 str(machine.qmp_path),
@@ -70,4 +72,5 @@ class Program:
             durable_s=seconds,
             costs=watch.stop(cpu=spent),
             memory=ProcessMemory(peak=0, anonymous=0),
+            moved_bytes=json.loads(done.stdout.splitlines()[-1])["image"]["written_bytes"],
         )
