@@ -25,7 +25,7 @@ from uringmig.image import manifest
 from uringmig.image.draft import FinishedImage, ImageDraft
 from uringmig.image.savework import SavedBlock, SaveWork, skip_holes
 from uringmig.memory.array import BufferMemory
-from uringmig.memory.source import MemorySource
+from uringmig.memory.source import CopiedMemory, MemorySource
 from uringmig.options import PAGE_SIZE, WINDOW_BYTES, WriteOptions
 from uringmig.pages import bitmap
 from uringmig.progress import (
@@ -55,7 +55,8 @@ class RamBlock:
     Attributes:
         idstr: QEMU's name of the block, for example ``pc.ram``.
         memory: a C-contiguous buffer (numpy array, mmap, bytearray), or a `MemorySource`. It is
-            written from where it lies and has to stay unchanged until the call returns.
+            written from where it lies and has to stay unchanged until the call returns. Or a
+            `CopiedMemory`, which lies elsewhere and goes through buffers.
         dense: write every page, zero or not, and set every bit; None decides by size, see
             `WriteOptions.dense_up_to`.
     """
@@ -191,7 +192,11 @@ class MappedRamWriter:
             operation=Operation.WRITE,
             engine=self._engine,
             options=self._options,
-            bounce=any(needs_bounce(target.direct, b.memory.address) for b in self._blocks),
+            bounce=any(
+                needs_bounce(target.direct, block.memory.address)
+                for block in self._blocks
+                if isinstance(block.memory, MemorySource)
+            ),
         )
 
     def __enter__(self) -> Self:
@@ -225,7 +230,9 @@ class MappedRamWriter:
         for block in self._blocks:
             block.selected = np.full_like(block.bitmap, 0xFF) if again else None
         counts = [block.layout.page_count for block in self._blocks]
-        yield from self._round(spans_of(counts, self._options), first=not again)
+        copied = [n for n, b in enumerate(self._blocks) if isinstance(b.memory, CopiedMemory)]
+        windows = spans_of(counts, self._options, copied=copied)
+        yield from self._round(windows, first=not again)
         self._all_written = True
 
     def write_pages(self, idstr: str, page_index: NDArray[np.int64]) -> None:
@@ -438,8 +445,8 @@ def _lay_out(
     return saved, layout
 
 
-def _as_source(memory: object) -> MemorySource:
+def _as_source(memory: object) -> MemorySource | CopiedMemory:
     """Take a memory source as it is; wrap anything else that is a buffer."""
-    if isinstance(memory, MemorySource):
+    if isinstance(memory, MemorySource | CopiedMemory):
         return memory
     return BufferMemory(memory)

@@ -194,5 +194,6 @@ def _fill_gaps(main: MainFile, blocks: Sequence[SavedBlock]) -> None:
     thousand took 0.9 to 3 s here, and 0.1 s after this.
     """
     for block in blocks:
+        assert isinstance(block.memory, BufferMemory), "a trial's memory is its own"
         main.write_at(block.layout.pages_offset, block.memory.view.data)
     main.sync()

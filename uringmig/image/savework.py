@@ -1,7 +1,8 @@
 """What a save does with one window: find its zero pages, plan its writes, digest it.
 
 Holes of the memory are zero without a read, and are never bridged: looking at one would make the
-host allocate it.
+host allocate it. Memory that is mapped here is written from where it lies; that of another process
+is copied to a buffer first, and zero pages, requests and digest are those of the very copy.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from numpy.typing import NDArray
 from uringmig.format.layout import BlockLayout
 from uringmig.image import digest
 from uringmig.image.window import Rewritten, settle_window
-from uringmig.memory.source import Extents, MemorySource
+from uringmig.memory.source import CopiedMemory, Extents, MemorySource
 from uringmig.options import PAGE_SIZE, WINDOW_BYTES, WriteOptions
 from uringmig.pages import bitmap
 from uringmig.pages.zero import nonzero_pages
 from uringmig.progress import ChannelCounters
+from uringmig.storage.buffers import aligned_buffer
 from uringmig.storage.requests import IoPlan
 from uringmig.transfer.plan import Window, plan_runs
 from uringmig.units import div_ceil
@@ -39,7 +41,7 @@ class SavedBlock:
     """
 
     layout: BlockLayout
-    memory: MemorySource
+    memory: MemorySource | CopiedMemory
     dense: bool
     bitmap: NDArray[np.uint8] = field(init=False)
     digests: NDArray[np.uint8] = field(init=False)
@@ -61,13 +63,28 @@ class SaveWork:
     def __init__(
         self, blocks: list[SavedBlock], options: WriteOptions, counters: ChannelCounters
     ) -> None:
-        self.windows_max = 1 << 30  # a window holds no buffer: requests and bytes are bound enough
         self._blocks = blocks
         self._options = options
         self._counters = counters
         self._data: Extents | None = None
+        self._view: NDArray[np.uint8] | None = None
+        # Asked once: what a protocol has takes as long to find out as a window to plan.
+        memories = [block.memory for block in blocks]
+        self._mapped = [memory if isinstance(memory, MemorySource) else None for memory in memories]
+        self._copied = [memory if isinstance(memory, CopiedMemory) else None for memory in memories]
         # Should the engine fail with requests in flight, this keeps their memory mapped.
-        self._views = [block.memory.view for block in blocks]
+        self._views = [memory.view for memory in self._mapped if memory is not None]
+        self._copies = len(self._views) < len(blocks)
+        # The buffer given back last is taken first: it is still in the cache.
+        self._free = [
+            aligned_buffer(WINDOW_BYTES) for _ in range(options.windows_held + 1) if self._copies
+        ]
+        self._used: dict[Window, NDArray[np.uint8]] = {}
+
+    @property
+    def windows_max(self) -> int:
+        """No limit while there is a buffer; without copies requests and bytes are bound enough."""
+        return 1 << 30 if self._free or not self._copies else 0
 
     def plan(self, window: Window) -> IoPlan:
         """Scan the window, store its bits, and plan the writes of its data."""
@@ -75,13 +92,13 @@ class SaveWork:
         data = self._data = block.memory.data_extents(
             start=window.start_bytes, length=window.length_bytes
         )
+        view = self._view = self._seen(block, window, data)
         nonzero = np.zeros(window.page_count, np.bool_)
         readable = np.zeros(window.page_count, np.bool_)
-        for start, length in zip(data.start.tolist(), data.length.tolist(), strict=True):
-            first = start // PAGE_SIZE - window.first_page
-            piece = slice(first, first + length // PAGE_SIZE)
-            block.memory.prefault(start=start, length=length)
-            nonzero[piece] = nonzero_pages(block.memory.view[start : start + length])
+        starts = (data.start - window.start_bytes).tolist()
+        for start, length in zip(starts, data.length.tolist(), strict=True):
+            piece = slice(start // PAGE_SIZE, (start + length) // PAGE_SIZE)
+            nonzero[piece] = nonzero_pages(view[start : start + length])
             readable[piece] = True
         later = self._later(block, window)
         pages = settle_window(
@@ -94,7 +111,7 @@ class SaveWork:
         self._counters.zero_bytes += PAGE_SIZE * (considered - int(np.count_nonzero(pages.stored)))
         return plan_runs(
             pages.runs(self._options.bridge),
-            address=block.memory.address + window.start_bytes,
+            address=view.ctypes.data,
             file_offset=block.layout.pages_offset + window.start_bytes,
             block_size=self._options.block_size,
         )
@@ -103,13 +120,39 @@ class SaveWork:
         """Digest the window while the device has work."""
         if not self._options.manifest:
             return
-        block, data = self._blocks[window.block_index], self._data
+        block, data, view = self._blocks[window.block_index], self._data, self._view
         assert data is not None, "submitted() follows plan()"
+        assert view is not None, "submitted() follows plan()"
         for start, length in _rows(window):
-            block.put_digest(start, _digest_of(block.memory, data, start, length))
+            part = data.clip(start=start, length=length)
+            at = start - window.start_bytes
+            block.put_digest(
+                start,
+                digest.sparse_digest(
+                    view[at : at + length], (part.start - start).tolist(), part.length.tolist()
+                ),
+            )
 
     def finished(self, window: Window) -> None:
-        """Nothing: the pages are where they belong."""
+        """Take the window's buffer back, if it had one: its pages are where they belong."""
+        if (buffer := self._used.pop(window, None)) is not None:
+            self._free.append(buffer)
+
+    def _seen(self, block: SavedBlock, window: Window, data: Extents) -> NDArray[np.uint8]:
+        """The window's bytes: where they lie, or as they were copied; only ``data`` of them."""
+        start, memory = window.start_bytes, self._mapped[window.block_index]
+        if memory is not None:
+            for first, length in zip(data.start.tolist(), data.length.tolist(), strict=True):
+                memory.prefault(start=first, length=length)
+            return memory.view[start : start + window.length_bytes]
+        self._used[window] = buffer = self._free.pop()
+        view = buffer[: window.length_bytes]
+        if block.dense:
+            view[:] = 0  # its holes are written too, and hold what the window before left
+        copied = self._copied[window.block_index]
+        assert copied is not None, "memory is either mapped or copied"
+        copied.read(data, view, start=start)
+        return view
 
     def _later(self, block: SavedBlock, window: Window) -> Rewritten | None:
         """The pages of a later round; None in the first."""
@@ -156,10 +199,3 @@ def _rows(window: Window) -> Iterator[tuple[int, int]]:
     end = window.start_bytes + window.length_bytes
     for start in range(window.start_bytes, end, WINDOW_BYTES):
         yield start, min(WINDOW_BYTES, end - start)
-
-
-def _digest_of(memory: MemorySource, data: Extents, start: int, length: int) -> bytes:
-    """Digest ``length`` bytes from ``start`` on, of which only ``data`` may be read."""
-    data = data.clip(start=start, length=length)
-    piece = memory.view[start : start + length]
-    return digest.sparse_digest(piece, (data.start - start).tolist(), data.length.tolist())

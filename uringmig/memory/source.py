@@ -135,6 +135,36 @@ class MemorySource(Protocol):
 
 
 @runtime_checkable
+class CopiedMemory(Protocol):
+    """Guest RAM to be saved that lies elsewhere, and is copied to be looked at.
+
+    Otherwise as a `MemorySource`: bytes are named by offset from the beginning, and outside
+    `data_extents` all are zero and not to be read. May be asked from several threads.
+
+    Attributes:
+        length_bytes: size, a whole number of pages.
+    """
+
+    @property
+    def length_bytes(self) -> int: ...  # noqa: D102
+
+    def data_extents(self, *, start: int, length: int) -> Extents:
+        """Say where in ``length`` bytes from ``start`` on bytes may be nonzero; page aligned."""
+
+    def next_data(self, start: int) -> int:
+        """Say from where on bytes may be nonzero: ``start``, or the end of the hole it lies in."""
+
+    def read(self, extents: Extents, into: NDArray[np.uint8], *, start: int) -> None:
+        """Copy ``extents`` to where they belong in a window that begins at ``start``.
+
+        Args:
+            extents: within the window, as `data_extents` gave them.
+            into: the window, 1-D uint8, writable; what is not in an extent stays as it is.
+            start: offset of the window's first byte in the memory.
+        """
+
+
+@runtime_checkable
 class MemorySink(Protocol):
     """Guest RAM to be filled.
 

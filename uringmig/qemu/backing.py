@@ -8,31 +8,13 @@ bytes than the guest's, silently, so every such case is refused with one line.
 from __future__ import annotations
 
 import os
-import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 from uringmig.errors import PeerError, explained
+from uringmig.memory.maps import Mapping, mappings_of
 from uringmig.qemu.monitor import HostBlock, Monitor, RamBackend
-
-#: Linux: show_map_vma in fs/proc/task_mmu.c.
-_MAPS_LINE: Final = re.compile(
-    r"(?P<start>[0-9a-f]+)-(?P<end>[0-9a-f]+) \S{4} [0-9a-f]+ "
-    r"(?P<major>[0-9a-f]+):(?P<minor>[0-9a-f]+) (?P<inode>\d+) *(?P<name>.*)"
-)
-
-
-@dataclass(frozen=True, slots=True)
-class _Mapping:
-    """One line of /proc/PID/maps that maps a file."""
-
-    start: int
-    end: int
-    device: tuple[int, int]
-    inode: int
-    name: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +95,7 @@ def _check_file(monitor: Monitor, backend: RamBackend, fd: int, path: Path) -> s
     return None
 
 
-def _relevant(mappings: list[_Mapping], block: HostBlock | None) -> list[_Mapping]:
+def _relevant(mappings: list[Mapping], block: HostBlock | None) -> list[Mapping]:
     """The mapping at the ramblock's address where QEMU tells it, else every one."""
     if block is None or block.host_address is None:
         return mappings
@@ -121,7 +103,7 @@ def _relevant(mappings: list[_Mapping], block: HostBlock | None) -> list[_Mappin
     return [mapping for mapping in mappings if mapping.start <= address < mapping.end]
 
 
-def _is_this(mapping: _Mapping, status: os.stat_result, path: Path) -> bool:
+def _is_this(mapping: Mapping, status: os.stat_result, path: Path) -> bool:
     """Same inode on the same device.
 
     On btrfs and overlayfs the device in maps is not the one stat gives; there the name decides,
@@ -133,23 +115,9 @@ def _is_this(mapping: _Mapping, status: os.stat_result, path: Path) -> bool:
     return mapping.device == device or mapping.name == os.path.realpath(path)
 
 
-def _file_mappings(pid: int) -> list[_Mapping] | None:
+def _file_mappings(pid: int) -> list[Mapping] | None:
     """The file mappings of a process, or None where we may not look (another user's, no /proc)."""
     try:
-        text = Path(f"/proc/{pid}/maps").read_text(errors="surrogateescape")
+        return [mapping for mapping in mappings_of(pid) if mapping.inode]
     except OSError:
         return None
-    mappings = []
-    for line in text.splitlines():
-        match = _MAPS_LINE.fullmatch(line)
-        if match is not None and match["inode"] != "0":
-            mappings.append(
-                _Mapping(
-                    start=int(match["start"], 16),
-                    end=int(match["end"], 16),
-                    device=(int(match["major"], 16), int(match["minor"], 16)),
-                    inode=int(match["inode"]),
-                    name=match["name"],
-                )
-            )
-    return mappings

@@ -54,8 +54,9 @@ _ABANDONED: Final[list[Any]] = []
 class WindowWork(Protocol):
     """What a channel does with its windows; one object for each channel, used in its thread."""
 
-    #: Most windows planned and not finished.
-    windows_max: int
+    @property
+    def windows_max(self) -> int:
+        """Most windows planned and not finished; may change from one to the next."""
 
     def plan(self, window: Window) -> IoPlan:
         """Decide what to move; may be empty."""

@@ -5,7 +5,7 @@ Nothing here has a default value: `options` has them all, so that each is said o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -66,9 +66,23 @@ def span_pages(page_count: int, options: TransferOptions) -> int:
     return max(align_down(span, window_pages), window_pages)
 
 
-def spans_of(page_counts: Sequence[int], options: TransferOptions) -> list[Window]:
-    """Deal blocks of ``page_counts`` pages into what a channel takes at a time, in their order."""
-    return windows_of(page_counts, window_pages=span_pages(sum(page_counts), options))
+def spans_of(
+    page_counts: Sequence[int], options: TransferOptions, *, copied: Collection[int] = ()
+) -> list[Window]:
+    """Deal blocks of ``page_counts`` pages into what a channel takes at a time, in their order.
+
+    Args:
+        page_counts: of each block.
+        options: those of the transfer.
+        copied: numbers of the blocks that go through buffers of one window.
+    """
+    span = span_pages(sum(page_counts), options)
+    return [
+        Window(block_index, first, min(size, page_count - first))
+        for block_index, page_count in enumerate(page_counts)
+        for size in [WINDOW_BYTES // PAGE_SIZE if block_index in copied else span]
+        for first in range(0, page_count, size)
+    ]
 
 
 def bridge_gaps(
