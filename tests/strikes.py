@@ -49,12 +49,10 @@ def strike(
     ``only`` counts calls that have to do with these files.
     """
     log = folder / "strikes.log"
+    command = _traced(log, call, f"signal={number.name}:when={when}", only)
     done = subprocess.run(
-        ["strace", "-f", "-qq", "-o", str(log), *(f"-P{path}" for path in only),
-         "-e", f"trace={call}",
-         "-e", f"inject={call}:signal={number.name}:when={when}", *PROGRAM, *map(str, arguments)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [*command, *map(str, arguments)], capture_output=True, text=True, check=False
+    )
     lines = log.read_text().splitlines()
     log.unlink()
     assert "Traceback" not in done.stderr, done.stderr
@@ -84,3 +82,27 @@ def sweep(
         when += every
     assert when > 1, f"{call} is never called"
     assert struck.code == undisturbed, struck.err
+
+
+def slowed(
+    folder: Path, call: str, *arguments: object, only: Sequence[Path]
+) -> subprocess.Popen[str]:
+    """Start the program; its first ``call`` that has to do with these files returns a second late.
+
+    So whoever watches can do something meanwhile. The program is the only child of what is started.
+    """
+    command = _traced(folder / "slowed.log", call, "delay_exit=1000000:when=1", only)
+    return subprocess.Popen(
+        [*command, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _traced(log: Path, call: str, what: str, only: Sequence[Path]) -> list[str]:
+    """The program under strace, with something done to it in its calls of one kind."""
+    return [
+        "strace", "-f", "-qq", "-o", str(log), *(f"-P{path}" for path in only),
+        "-e", f"trace={call}", "-e", f"inject={call}:{what}", *PROGRAM,
+    ]  # fmt: skip
