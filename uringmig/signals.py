@@ -10,7 +10,8 @@ comes after it is a success that nothing takes back. Within `deferred` a signal 
 up after an error, and for whoever asks for the number itself.
 
 All of this is about the thread that has the `Signals`; in others, and where there are none, as in
-a program that only uses the library, nothing here does anything.
+a program that only uses the library, no signal does anything here. A thread that works for another
+has a flag instead, which that one sets: within `stopped_by` its `look` raises `Stopped`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from types import FrameType
 from typing import Any, Final, Self, TypeVar
 
@@ -41,6 +43,10 @@ class Interrupted(BaseException):
     def __init__(self, number: int) -> None:
         self.number = number
         super().__init__(f"stopped by {signal.Signals(number).name}")
+
+
+class Stopped(BaseException):
+    """Nobody wants any more what this thread does; whoever runs it ends it without an error."""
 
 
 class Signals:
@@ -113,6 +119,8 @@ class Signals:
 
 #: The handlers that are in force; handlers are the process's, and so is this.
 _present: Signals | None = None
+#: The flag of the present thread, if it works for another.
+_flag: ContextVar[threading.Event | None] = ContextVar("stopped_by", default=None)
 
 
 def _mine() -> Signals | None:
@@ -127,9 +135,22 @@ def look() -> None:
 
     Raises:
         Interrupted: it does, and nothing holds it back.
+        Stopped: this thread is to end.
     """
     if (signals := _mine()) is not None:
         signals._look()
+    if (flag := _flag.get()) is not None and flag.is_set():
+        raise Stopped
+
+
+@contextmanager
+def stopped_by(flag: threading.Event) -> Iterator[None]:
+    """Have this thread's waits in the block end once a flag is set, as `look` says."""
+    token = _flag.set(flag)
+    try:
+        yield
+    finally:
+        _flag.reset(token)
 
 
 def commit() -> None:
@@ -206,6 +227,7 @@ def take(source: queue.Queue[Item]) -> Item:
 
     Raises:
         Interrupted: a signal asks to stop.
+        Stopped: this thread is to end.
     """
     while True:
         look()

@@ -5,21 +5,35 @@ from __future__ import annotations
 import errno
 import os
 import signal
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pytest
-from smallguests import MIB, OPTIONS, check_image, copy_of, left_in, make_guest, ramblocks_of
+from smallguests import (
+    MIB,
+    OPTIONS,
+    aligned,
+    check_image,
+    copy_of,
+    left_in,
+    make_guest,
+    ramblocks_of,
+)
 
-from uringmig import MappedRamWriter
+from uringmig import MappedRamWriter, RamBlock
 from uringmig.archive import copyrun
 from uringmig.archive.cold import write_cold
+from uringmig.archive.copied import TierResult
 from uringmig.archive.copyjournal import Chunk, decode
 from uringmig.archive.hot import write_hot
 from uringmig.archive.partialcopy import PartialCopy
 from uringmig.contents.mappedram import MappedRamContents
+from uringmig.contents.source import Row, WindowRead
 from uringmig.errors import FormatError, MismatchError, PeerError, StateError, StorageError
+from uringmig.options import ReadOptions
 from uringmig.progress import Snapshot
 from uringmig.signals import Interrupted
 
@@ -106,6 +120,43 @@ def test_without_a_checkpoint_nothing_is_left(
     with pytest.raises(type(failure)):
         copies.copy(failure, early=True)
     assert left_in(copies.archive) == []
+
+
+class Counted(MappedRamContents):
+    """Contents that count the windows which they have given."""
+
+    given = 0
+
+    def windows(self, rows: Sequence[Row]) -> Generator[WindowRead, None, None]:
+        for window in super().windows(rows):
+            self.given += 1
+            yield window
+
+
+@pytest.mark.parametrize("write", [write_hot, write_cold])
+def test_a_stop_waits_for_no_window(tmp_path: Path, write: Callable[..., TierResult]) -> None:
+    """However slowly the source may be read: what is being read ahead just then is given up."""
+    memory = aligned(12 * MIB)
+    memory[0] = 1
+    memory[4 * MIB :] = np.random.default_rng(1).integers(1, 256, 8 * MIB, np.uint8)
+    with MappedRamWriter(tmp_path / "source.mig", [RamBlock("pc.ram", memory)]) as writer:
+        writer.write_all()
+        writer.finish()
+    given = 0
+
+    def tell(snapshot: Snapshot) -> None:
+        nonlocal given
+        given = contents.given
+        if given:
+            raise Interrupted(signal.SIGTERM)
+
+    # The first window, of one page, comes at once, and the next one a minute later.
+    options = ReadOptions(rate=64 << 10, channels=1)
+    with Counted(tmp_path / "source.mig", options=options) as contents:
+        with pytest.raises(Interrupted):
+            write(contents, tmp_path / "vm", options=OPTIONS, progress=tell)
+        assert contents.given == given
+    assert left_in(tmp_path) == ["source.mig", "source.mig.manifest.json"]
 
 
 def test_a_checkpoint_syncs_the_image_before_the_journal_speaks_of_it(

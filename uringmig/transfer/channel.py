@@ -16,12 +16,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, Self
 
 from uringmig.errors import FormatError, LimitError, StorageError
 from uringmig.options import TransferOptions
 from uringmig.progress import ChannelCounters
+from uringmig.signals import Stopped, stopped_by
 from uringmig.storage.bounce import BounceEngine
 from uringmig.storage.directfile import DirectFile
 from uringmig.storage.engine import Engine, Operation
@@ -165,7 +167,9 @@ class Channel:
         started = time.thread_time()
         engine = self._shared.make_engine(self._shared.slots)
         try:
-            self._loop(engine)
+            # What is to be moved may have to be waited for, as long as its own rate says.
+            with suppress(Stopped), stopped_by(self._stopping):
+                self._loop(engine)
         finally:
             self._drain(engine)
             self._counters.cpu_seconds += time.thread_time() - started
