@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from typing import Final, Protocol
 
@@ -106,8 +107,9 @@ class LocalPool:
             if worker.key is not None:
                 worker.process.kill()
             worker.connection.close()
+        deadline = time.monotonic() + _ENDING_SECONDS
         for worker in self._workers:
-            worker.wait()
+            worker.wait(until=deadline)
         self._workers.clear()
         self._selector.close()
 
@@ -123,7 +125,7 @@ class LocalPool:
         self._selector.unregister(worker.connection)
         self._workers.remove(worker)
         worker.connection.close()
-        code = worker.wait()
+        code = worker.wait(until=time.monotonic() + _ENDING_SECONDS)
         return [] if worker.key is None else [_death(worker, worker.key, code)]
 
 
@@ -211,10 +213,10 @@ class _Worker:
             self.key = None
         return messages
 
-    def wait(self) -> int:
-        """Wait for the process, with force if it takes long; -N says that signal N ended it."""
+    def wait(self, *, until: float) -> int:
+        """Wait for the process, with force from a moment on; -N says that signal N ended it."""
         try:
-            return self.process.wait(_ENDING_SECONDS)
+            return self.process.wait(max(0.0, until - time.monotonic()))
         except subprocess.TimeoutExpired:
             self.process.kill()
             return self.process.wait()
