@@ -94,7 +94,7 @@ ARROWS: Final[dict[str, tuple[str, ...]]] = {
     "image.digest": (),
     "image.manifest": ("image.digest",),
     "image.window": ("pages", "transfer.plan"),
-    "transfer": ("progress", "storage"),
+    "transfer": ("progress", "signals", "storage"),
     "transfer.plan": ("pages", "storage.requests"),
     "transfer.slots": ("storage.requests",),
     "storage": ("signals",),
