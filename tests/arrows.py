@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ast
+import signal
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -273,4 +274,6 @@ def print_table() -> bool:
 
 
 if __name__ == "__main__":
+    # A reader that has seen enough (`| head`) ends it as it ends any other program.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.exit(0 if print_table() else 1)

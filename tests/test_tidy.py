@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import ast
 import inspect
+import os
 import re
+import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from graphlib import TopologicalSorter
@@ -298,6 +301,17 @@ def test_the_rooms_and_arrows_are_told(capsys: pytest.CaptureFixture[str]) -> No
     told = capsys.readouterr().out
     assert "\nstorage (" in told
     assert re.search(r", 0 up: none\n$", told)
+
+
+def test_the_table_ends_quietly_when_its_reader_has_seen_enough() -> None:
+    """``ci/arrows | head``: no traceback, as with any other program."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [ROOT / "ci" / "arrows"], stdout=writer, stderr=subprocess.PIPE, check=False
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (-signal.SIGPIPE, b"")
 
 
 def test_an_arrow_up_is_seen() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import click
@@ -52,6 +53,24 @@ def test_every_command_that_moves_pages_has_every_option_of_a_transfer() -> None
         kind = WriteOptions if name == "save" else ReadOptions
         assert defaults == {one: getattr(kind(), one) for one in NAMES}
     assert with_options == TRANSFERS
+
+
+def test_the_usage_line_brackets_what_may_be_left_out_and_nothing_else() -> None:
+    """Of every command: whoever gives all that is not in brackets is not refused for usage."""
+    for name, command in commands(app).items():
+        context = click.Context(command, info_name=name)
+        usage = " ".join(command.collect_usage_pieces(context))
+        needed = {param.name for param in command.params if param.required}
+        for param in command.params:
+            metavar = param.make_metavar(context)
+            if isinstance(param, click.Argument):
+                assert (metavar.startswith("[")) == (param.name not in needed), (name, metavar)
+                assert metavar in usage.split(), (name, metavar)
+            else:
+                assert (f"{param.opts[0]} {metavar}" in usage) == (param.name in needed), name
+        given = re.sub(r"\[[^]]*\](\.\.\.)?", "", usage).split()
+        parsed = command.make_context(name, given, resilient_parsing=False)
+        assert parsed.params.keys() >= needed, name
 
 
 @pytest.fixture(scope="module")

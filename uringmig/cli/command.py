@@ -43,7 +43,7 @@ def command(
             session.output.set_up(json=json, quiet=quiet, verbose=more)
             context.exit(work(session, **named))
 
-        return click.Command(
+        return _Command(
             name or work.__name__,
             params=[*parameters, *output],
             callback=callback,
@@ -51,6 +51,20 @@ def command(
         )
 
     return make
+
+
+class _Command(click.Command):
+    """A command whose usage line names every option that must be given, too."""
+
+    def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
+        """The pieces of the line: what may be left out is in brackets, and nothing else is."""
+        options, *arguments = super().collect_usage_pieces(ctx)
+        required = [
+            f"{param.opts[0]} {param.make_metavar(ctx)}"
+            for param in self.get_params(ctx)
+            if isinstance(param, click.Option) and param.required
+        ]
+        return [options, *required, *arguments]
 
 
 class LazyGroup(click.Group):

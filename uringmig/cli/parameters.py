@@ -100,7 +100,7 @@ def then_after_load() -> click.Option:
 def out_file(*, required: bool = True) -> click.Argument:
     """The file that is made; a symbolic link is followed."""
     return click.Argument(
-        ["out"], type=new_file, metavar="OUT", required=required,
+        ["out"], type=new_file, required=required,
         help="The file's final name; a symbolic link is followed.",
     )  # fmt: skip
 

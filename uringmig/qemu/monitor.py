@@ -23,8 +23,10 @@ from uringmig.qemu.qmp import CommandError, QmpConnection
 GREETING_TIMEOUT_S: Final = 10.0
 #: QMP commands used here answer at once unless QEMU's main loop is blocked, as by a slow disk.
 COMMAND_TIMEOUT_S: Final = 60.0
-#: Between two looks at a migration: short beside the shortest save, long beside a QMP round trip.
-POLL_S: Final = 0.02
+#: Between two looks at a migration, in seconds: what QEMU does at once is seen at once; later they
+#: are long beside a QMP round trip, and still short beside what goes on for so long.
+_PAUSE_FIRST_S: Final = 0.0005
+_PAUSE_MOST_S: Final = 0.02
 
 #: QEMU: MigrationStatus (qapi/migration.json), those that do not change any more.
 MIGRATION_ENDED: Final = frozenset({"completed", "failed", "cancelled", "none"})
@@ -306,6 +308,7 @@ class Monitor:
             PeerError: QEMU went away, or the time is over.
         """
         deadline = time.monotonic() + timeout_s
+        pauses = growing_pauses()
         while True:
             left_s = deadline - time.monotonic()
             if left_s <= 0:
@@ -313,4 +316,12 @@ class Monitor:
             migration = self._migration(timeout_s=left_s)
             if migration.ended:
                 return migration
-            time.sleep(POLL_S)
+            time.sleep(next(pauses))
+
+
+def growing_pauses() -> Iterator[float]:
+    """How long to sleep between looks at something that ends soon; seconds, without end."""
+    pause = _PAUSE_FIRST_S
+    while True:
+        yield pause
+        pause = min(2 * pause, _PAUSE_MOST_S)

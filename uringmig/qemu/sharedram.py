@@ -29,7 +29,7 @@ from uringmig.memory.source import MemorySource
 from uringmig.options import WriteOptions
 from uringmig.progress import ProgressCallback
 from uringmig.qemu.backing import open_backing
-from uringmig.qemu.monitor import POLL_S, Monitor
+from uringmig.qemu.monitor import Monitor, growing_pauses
 from uringmig.qemu.qmp import CommandError
 from uringmig.qemu.receiving import receive
 from uringmig.result import SaveResult
@@ -419,6 +419,7 @@ def _state_after(monitor: Monitor) -> str | None:
 def _settled(monitor: Monitor) -> str:
     """The run state once QEMU has left finish-migrate, which it does after it says "ended"."""
     deadline = time.monotonic() + _ENDING_SECONDS
+    pauses = growing_pauses()
     while (state := monitor.run_state()) == "finish-migrate" and time.monotonic() < deadline:
-        time.sleep(POLL_S)
+        time.sleep(next(pauses))
     return state

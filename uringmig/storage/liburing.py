@@ -16,9 +16,10 @@ import contextlib
 import ctypes
 import errno
 import functools
-import importlib
 import os
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
@@ -290,11 +291,17 @@ def _compare(handle: ctypes.CDLL, ring: IoUring, entries: int) -> str | None:
 
 
 def _wheel_path() -> str:
-    """Path of the extension file inside the PyPI package."""
-    path = importlib.import_module("liburing.liburing").__file__
-    if path is None:
-        raise ImportError("liburing.liburing has no file")
-    return path
+    """Path of the extension file inside the PyPI package, which is not imported: it takes long.
+
+    Raises:
+        ImportError: there is no such package, or no such file in it.
+    """
+    package = find_spec("liburing")
+    folders = [] if package is None else package.submodule_search_locations or []
+    found = PathFinder.find_spec("liburing.liburing", list(folders))
+    if found is None or found.origin is None:
+        raise ImportError("no module liburing.liburing")
+    return found.origin
 
 
 def _distribution_path() -> str:
