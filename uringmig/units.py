@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from fractions import Fraction
 from typing import Final
 
 from uringmig.errors import StateError
@@ -49,10 +48,12 @@ def parse_size(text: str) -> int:
     match = _SIZE.fullmatch(text.strip())
     if match is None:
         raise StateError(f"not a size: {text!r} (write for example 4096, 512K, 1M, 2G)")
-    size = Fraction(match[1]) * _FACTORS[match[2].upper()]
-    if size.denominator != 1:
+    whole, _, part = match[1].partition(".")
+    factor = _FACTORS[match[2].upper()]
+    size, rest = divmod(int(whole + part) * factor, int("1" + "0" * len(part)))
+    if rest:
         raise StateError(f"not a whole number of bytes: {text!r}")
-    return size.numerator
+    return size
 
 
 def format_size(size_bytes: float) -> str:

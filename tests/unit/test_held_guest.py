@@ -7,8 +7,8 @@ from typing import cast
 import pytest
 
 from uringmig.errors import PeerError
+from uringmig.qemu.heldguest import hold_guest
 from uringmig.qemu.monitor import Monitor
-from uringmig.qemu.sharedram import hold_guest
 
 
 class Standing:

@@ -41,8 +41,9 @@ from uringmig.contents.source import Contents, all_rows
 from uringmig.errors import BytesError, PeerError, StateError
 from uringmig.options import PAGE_SIZE, ReadOptions
 from uringmig.progress import ProgressCallback, Snapshot
+from uringmig.qemu.heldguest import hold_guest
 from uringmig.qemu.monitor import Monitor
-from uringmig.qemu.sharedram import hold_guest, mapped_memories
+from uringmig.qemu.sharedram import mapped_memories
 from uringmig.signals import Interrupted, after_commit, look
 from uringmig.units import MiB, div_ceil
 from uringmig.verify import verify

@@ -8,7 +8,6 @@ meanwhile: that is the caller's promise, nothing here can see it.
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
@@ -74,7 +73,7 @@ class MemoryContents:
             for block in self.blocks
         ]
         # What is in memory may change at any time, so no two openings are known to be the same.
-        self._fingerprint = f"{self.kind} {secrets.token_hex(16)}"
+        self._fingerprint = f"{self.kind} {os.urandom(16).hex()}"
 
     def __enter__(self) -> Self:
         return self

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Final, Self
 
 import numpy as np
+from msgspec import structs
 from numpy.typing import NDArray
 
 from uringmig.contents.plainlook import begin_reading, stream_fingerprint
@@ -216,7 +217,7 @@ class PlainFileContents:
         for start in range(first, self._whole_bytes, _STRETCH_BYTES):
             length = min(_STRETCH_BYTES, self._whole_bytes - start)
             windows = [
-                replace(window, first_page=window.first_page + start // PAGE_SIZE)
+                structs.replace(window, first_page=window.first_page + start // PAGE_SIZE)
                 for window in windows_of([length // PAGE_SIZE], window_pages=_WINDOW_PAGES)
             ]
             with closing(read_in_order(self._shared, filler, windows)) as pieces:

@@ -5,29 +5,26 @@ Every event carries ``offset``, the absolute offset of its first byte in the fil
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 from uringmig.format.headers import Configuration, MappedRamHeader, SectionHeader
 from uringmig.format.vmdescription import VmDescription
 
 
-@dataclass(frozen=True, slots=True)
-class StreamStarted:
+class StreamStarted(Struct, frozen=True):
     """Magic and version were right."""
 
     offset: int
 
 
-@dataclass(frozen=True, slots=True)
-class ConfigurationRead:
+class ConfigurationRead(Struct, frozen=True):
     """The configuration is whole."""
 
     offset: int
     configuration: Configuration
 
 
-@dataclass(frozen=True, slots=True)
-class CommandRead:
+class CommandRead(Struct, frozen=True):
     """A command to the loader: OPEN_RETURN_PATH, PING or SWITCHOVER_START."""
 
     offset: int
@@ -35,8 +32,7 @@ class CommandRead:
     payload: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class RamStarted:
+class RamStarted(Struct, frozen=True):
     """The ram section began.
 
     Attributes:
@@ -50,8 +46,7 @@ class RamStarted:
     total_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class RamBlockRead:
+class RamBlockRead(Struct, frozen=True):
     """One ramblock of the list.
 
     Attributes:
@@ -69,15 +64,13 @@ class RamBlockRead:
     mapped_ram: MappedRamHeader | None
 
 
-@dataclass(frozen=True, slots=True)
-class RamSetupEnded:
+class RamSetupEnded(Struct, frozen=True):
     """The block list is whole; ``offset`` is that of the EOS word."""
 
     offset: int
 
 
-@dataclass(frozen=True, slots=True)
-class RamPage:
+class RamPage(Struct, frozen=True):
     """A page of a plain stream; ``page_offset`` is in bytes within the block."""
 
     offset: int
@@ -86,8 +79,7 @@ class RamPage:
     data: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class RamZero:
+class RamZero(Struct, frozen=True):
     """A zero page of a plain stream; ``page_offset`` is in bytes within the block."""
 
     offset: int
@@ -95,15 +87,13 @@ class RamZero:
     page_offset: int
 
 
-@dataclass(frozen=True, slots=True)
-class MultifdFlush:
+class MultifdFlush(Struct, frozen=True):
     """A barrier between the main stream and the multifd channels."""
 
     offset: int
 
 
-@dataclass(frozen=True, slots=True)
-class RamSectionEnded:
+class RamSectionEnded(Struct, frozen=True):
     """The footer of a START, PART or END section of ram was right.
 
     Attributes:
@@ -117,8 +107,7 @@ class RamSectionEnded:
     end_offset: int
 
 
-@dataclass(frozen=True, slots=True)
-class FullSection:
+class FullSection(Struct, frozen=True):
     """A device's state; ``raw`` runs from the type byte to the end of the footer."""
 
     offset: int
@@ -126,15 +115,13 @@ class FullSection:
     raw: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class StreamEnded:
+class StreamEnded(Struct, frozen=True):
     """The EOF byte."""
 
     offset: int
 
 
-@dataclass(frozen=True, slots=True)
-class DescriptionRead:
+class DescriptionRead(Struct, frozen=True):
     """The vmdescription item, the last thing of a stream."""
 
     offset: int

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from struct import Struct
 from typing import ClassVar, Final, Self, TypeVar
 
+import msgspec
+
 from uringmig.errors import FormatError, StateError
 from uringmig.format import constants as c
 from uringmig.format import foreign
@@ -30,8 +32,7 @@ def pack_lstr(name: str) -> bytes:
     return bytes([len(name)]) + name.encode("ascii")
 
 
-@dataclass(frozen=True, slots=True)
-class StreamHeader:
+class StreamHeader(msgspec.Struct, frozen=True):
     """Magic and version.  QEMU: migration/savevm.c, qemu_savevm_state_header()."""
 
     STRUCT: ClassVar[Struct] = Struct(">II")
@@ -217,8 +218,7 @@ def _read_capabilities(cursor: Cursor) -> tuple[str, ...]:
     return tuple(names)
 
 
-@dataclass(frozen=True, slots=True)
-class SectionHeader:
+class SectionHeader(msgspec.Struct, frozen=True):
     """What opens a START or FULL section.  QEMU: migration/savevm.c, save_section_header().
 
     Attributes:
@@ -270,8 +270,7 @@ class SectionHeader:
         return unpack_whole("section header", cls.read, data, at=at)
 
 
-@dataclass(frozen=True, slots=True)
-class SectionFooter:
+class SectionFooter(msgspec.Struct, frozen=True):
     """What ends the body of every section.  QEMU: migration/savevm.c, save_section_footer()."""
 
     section_id: int
@@ -295,8 +294,7 @@ class SectionFooter:
         return cls(section_id)
 
 
-@dataclass(frozen=True, slots=True)
-class Command:
+class Command(msgspec.Struct, frozen=True):
     """A command to the loader; has no footer.  QEMU: savevm.c, qemu_savevm_command_send()."""
 
     command: int
@@ -337,8 +335,7 @@ class Command:
         return unpack_whole("command", cls.read, data, at=at)
 
 
-@dataclass(frozen=True, slots=True)
-class MappedRamHeader:
+class MappedRamHeader(msgspec.Struct, frozen=True):
     """Where one ramblock's bitmap and pages lie.  QEMU: migration/ram.c, MappedRamHeader.
 
     Attributes:

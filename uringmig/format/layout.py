@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from uringmig.errors import FormatError, StateError
 from uringmig.format import constants as c
@@ -30,8 +31,7 @@ def bitmap_length(used_length: int) -> int:
     return div_ceil(div_ceil(used_length, PAGE_SIZE), 64) * 8
 
 
-@dataclass(frozen=True, slots=True)
-class BlockLayout:
+class BlockLayout(Struct, frozen=True):
     """One ramblock's place in the file.
 
     Attributes:
@@ -62,8 +62,7 @@ class BlockLayout:
         return self.pages_offset + self.used_length
 
 
-@dataclass(frozen=True, slots=True)
-class ImageLayout:
+class ImageLayout(Struct, frozen=True):
     """Every offset of a mapped-ram file.
 
     Attributes:
@@ -155,8 +154,7 @@ def _check_blocks(blocks: Sequence[tuple[str, int]]) -> None:
         raise StateError(f"ramblocks of more than {c.RAM_BYTES_MAX} bytes")
 
 
-@dataclass(frozen=True, slots=True)
-class Area:
+class Area(Struct, frozen=True):
     """A range of the file that belongs to one thing.
 
     Attributes:

@@ -7,7 +7,6 @@ outside and is decoded into typed structures only, within limits on bytes, objec
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Annotated, Final, Self
 
 import msgspec
@@ -57,8 +56,7 @@ class _Description(msgspec.Struct):
     devices: list[_Device]
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceDescription:
+class DeviceDescription(msgspec.Struct, frozen=True):
     """One FULL section, as described.
 
     Attributes:
@@ -72,8 +70,7 @@ class DeviceDescription:
     body_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class VmDescription:
+class VmDescription(msgspec.Struct, frozen=True):
     """The vmdescription of one stream.
 
     Attributes:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import msgspec
@@ -39,8 +38,7 @@ Tell = Callable[[Phase], object]
 Publish = Callable[[bytes | None], str | None]
 
 
-@dataclass(frozen=True, slots=True)
-class Durable:
+class Durable(msgspec.Struct, frozen=True):
     """A file whose every byte is on the disk; only its name is missing.
 
     Attributes:
@@ -79,8 +77,7 @@ def make_durable(main: MainFile, tell: Tell, publish: Publish) -> Durable:
     return Durable(seconds, publish)
 
 
-@dataclass(frozen=True, slots=True)
-class FinishedImage:
+class FinishedImage(msgspec.Struct, frozen=True):
     """An image without a name.
 
     Attributes:

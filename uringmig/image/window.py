@@ -8,25 +8,22 @@ with an earlier image.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from uringmig.pages.runs import PageRuns, runs_from_bits
 from uringmig.transfer.plan import bridge_gaps, gap_pages
 
 
-@dataclass(frozen=True, slots=True)
-class Rewritten:
+class Rewritten(Struct, frozen=True):
     """Of a later round: the pages it is asked for, and all pages' bits until now; bool arrays."""
 
     selected: NDArray[np.bool_]
     bits: NDArray[np.bool_]
 
 
-@dataclass(frozen=True, slots=True)
-class WindowPages:
+class WindowPages(Struct, frozen=True):
     """Pages of one window; bool arrays, one a page.
 
     Attributes:

@@ -12,10 +12,10 @@ Rules for every source and sink:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from uringmig.errors import StateError
@@ -25,8 +25,7 @@ from uringmig.units import is_aligned
 Int64Array = NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True)
-class Extents:
+class Extents(Struct, frozen=True):
     """Byte ranges of a memory: sorted, disjoint, never empty; 1-D int64 arrays, made read-only.
 
     Attributes:

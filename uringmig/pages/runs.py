@@ -7,16 +7,14 @@ loop over pages or runs; the cost is that of a few numpy calls over the runs of 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 Int64Array = NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class PageRuns:
+class PageRuns(Struct, frozen=True, eq=False):
     """A set of pages as maximal runs; the arrays are 1-D int64, made read-only.
 
     Attributes:

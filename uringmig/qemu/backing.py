@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import os
 import stat
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from uringmig.errors import PeerError, explained
 from uringmig.memory.maps import Mapping, mappings_of
 from uringmig.qemu.monitor import HostBlock, Monitor, RamBackend
 
 
-@dataclass(frozen=True, slots=True)
-class Backing:
+class Backing(Struct, frozen=True):
     """An opened file that is a backend's memory.
 
     Attributes:

@@ -13,15 +13,13 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from uringmig import signals
 from uringmig.contents.devicestream import DeviceStream
-from uringmig.contents.memoryfiles import MemoryContents
-from uringmig.contents.source import Row, WindowRead
 from uringmig.errors import BusyError, PeerError
 from uringmig.format.constants import CAPABILITY_IGNORE_SHARED, CAPABILITY_MAPPED_RAM
 from uringmig.memory.mapping import FileMemory
@@ -104,23 +102,23 @@ def save_shared(
         StorageError: the image cannot be written; the guest is as it was.
         HostError: io_uring is required and cannot be had.
     """
-    before = _state_to_save(monitor)
+    before = state_to_save(monitor)
     image: SaveResult | None = None
     stream: DeviceStream | None = None
     notes: list[str] = []
     unproved: list[str] = []
-    let_go = time.monotonic()
+    let_go_at = time.monotonic()
     handed_over = False
     try:
         with (
             mapped_memories(monitor, unproved) as memories,
             monitor.saved_settings(),
-            _migrating(monitor) as connection,
+            migrating(monitor) as connection,
         ):
             image, stream = _save(monitor, connection, out, memories, options, progress)
             image = replace(image, notes=(*image.notes, *unproved))
-            notes += _let_go(monitor, connection, keep=then is None)
-            let_go = time.monotonic()
+            notes += let_go(monitor, connection, keep=then is None)
+            let_go_at = time.monotonic()
             handed_over = not notes
     except PeerError as error:
         if image is None or stream is None:
@@ -129,7 +127,7 @@ def save_shared(
     notes += _go_on(monitor, then, handed_over=handed_over)
     stopped = 0.0
     if before == "running" and stream.stopped_at is not None:
-        stopped = let_go - stream.stopped_at
+        stopped = let_go_at - stream.stopped_at
     return SharedSave(
         image=image,
         blocks_mapped=tuple(memories),
@@ -140,73 +138,7 @@ def save_shared(
     )
 
 
-@dataclass(slots=True)
-class HeldGuest:
-    """A VM whose memory may be read as long as QEMU holds it.
-
-    Attributes:
-        contents: its memory, mapped, and its device state.
-        stopped_seconds: how long it stood still; known afterwards, 0.0 if it did not run before.
-        notes: what the operator should know; known afterwards.
-    """
-
-    contents: HeldContents
-    stopped_seconds: float = 0.0
-    notes: tuple[str, ...] = ()
-
-
-class HeldContents(MemoryContents):
-    """Memory that is only known to be one moment's if QEMU still holds the guest at the end."""
-
-    def __init__(
-        self, monitor: Monitor, stream: DeviceStream, memories: dict[str, MemorySource]
-    ) -> None:
-        super().__init__(monitor.path, stream, memories)
-        self._monitor = monitor
-
-    def windows(self, rows: Sequence[Row]) -> Iterator[WindowRead]:
-        """See `Contents`.
-
-        Raises:
-            PeerError: QEMU let the guest run on meanwhile.
-        """
-        yield from super().windows(rows)
-        _check_still_ours(self._monitor)
-
-
-@contextlib.contextmanager
-def hold_guest(monitor: Monitor) -> Iterator[HeldGuest]:
-    """Have QEMU hold a VM with shared RAM while its memory is read, as `save_shared` does.
-
-    Afterwards the guest is as it was found, running if it ran, whatever happened in between.
-
-    Args:
-        monitor: of the VM.
-
-    Raises:
-        BusyError: QEMU is migrating.
-        PeerError: as for `save_shared`; on leaving, QEMU did not take the guest back in time.
-        FormatError: QEMU's stream breaks a rule.
-    """
-    before = _state_to_save(monitor)
-    unproved: list[str] = []
-    with (
-        mapped_memories(monitor, unproved) as memories,
-        monitor.saved_settings(),
-        _migrating(monitor) as connection,
-    ):
-        sizes = {idstr: memory.length_bytes for idstr, memory in memories.items()}
-        stream = receive(connection, sizes, on_setup=lambda stream: _check_listed(stream, memories))
-        held = HeldGuest(HeldContents(monitor, stream, memories))
-        held.contents.notes += tuple(unproved)
-        yield held
-        held.notes = tuple(_let_go(monitor, connection, keep=True))
-        let_go = time.monotonic()
-    if before == "running" and stream.stopped_at is not None:
-        held.stopped_seconds = let_go - stream.stopped_at
-
-
-def _state_to_save(monitor: Monitor) -> str:
+def state_to_save(monitor: Monitor) -> str:
     """The guest's run state; refuse one from which it cannot be saved."""
     before = monitor.run_state()
     if before not in _SAVED_FROM:
@@ -251,7 +183,7 @@ def mapped_memories(
 
 
 @contextlib.contextmanager
-def _migrating(monitor: Monitor) -> Iterator[socket.socket]:
+def migrating(monitor: Monitor) -> Iterator[socket.socket]:
     """Have QEMU migrate to a socket of ours; if the block fails, QEMU takes the guest back."""
     ours, theirs = socket.socketpair()
     with ours:
@@ -341,12 +273,12 @@ def _save(
         received = time.monotonic() - started
         writer = writers[0]
         writer.write_all()
-        _check_still_ours(monitor)
+        check_still_ours(monitor)
         image = writer.finish(stream.device_state())
     return replace(image, time=replace(image.time, receive=received)), stream
 
 
-def _check_still_ours(monitor: Monitor) -> None:
+def check_still_ours(monitor: Monitor) -> None:
     """Refuse memory that was read while the guest may have run: another client cancelled."""
     migration = monitor.migration()
     if migration.ended:
@@ -355,14 +287,14 @@ def _check_still_ours(monitor: Monitor) -> None:
 
 def _blocks(stream: DeviceStream, memories: dict[str, MemorySource]) -> list[RamBlock]:
     """The image's blocks, in the order of the stream."""
-    _check_listed(stream, memories)
+    check_listed(stream, memories)
     return [
         RamBlock(idstr, memories.get(idstr) or stream.private[idstr].memory)
         for idstr, _ in stream.blocks
     ]
 
 
-def _check_listed(stream: DeviceStream, memories: dict[str, MemorySource]) -> None:
+def check_listed(stream: DeviceStream, memories: dict[str, MemorySource]) -> None:
     """Refuse a stream that lacks a block which is mapped."""
     names = {idstr for idstr, _ in stream.blocks}
     for idstr in memories:
@@ -370,7 +302,7 @@ def _check_listed(stream: DeviceStream, memories: dict[str, MemorySource]) -> No
             raise PeerError(f"QEMU's stream does not list ramblock {idstr!r}")
 
 
-def _let_go(monitor: Monitor, connection: socket.socket, *, keep: bool) -> list[str]:
+def let_go(monitor: Monitor, connection: socket.socket, *, keep: bool) -> list[str]:
     """Tell QEMU how its migration ended, now that the image is durable.
 
     With ``keep`` QEMU is told that the other side does not take the guest: it puts the guest back

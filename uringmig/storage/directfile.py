@@ -10,8 +10,9 @@ import errno
 import fcntl
 import os
 import stat
-from dataclasses import dataclass
 from typing import Final
+
+from msgspec import Struct
 
 from uringmig.errors import StateError, StorageError
 from uringmig.options import PAGE_SIZE, DirectMode
@@ -25,8 +26,7 @@ STATX_DIOALIGN: Final = 0x2000
 _DIO_MEM_ALIGN_AT: Final = 152
 
 
-@dataclass(frozen=True, slots=True)
-class Alignment:
+class Alignment(Struct, frozen=True):
     """What every request must be a multiple of, in bytes: memory address; offset and length."""
 
     memory: int
@@ -39,8 +39,7 @@ BUFFERED_ALIGNMENT: Final = Alignment(memory=1, offset=512)
 _SAFE_ALIGNMENT: Final = Alignment(memory=PAGE_SIZE, offset=PAGE_SIZE)
 
 
-@dataclass(frozen=True, slots=True)
-class DirectFile:
+class DirectFile(Struct, frozen=True):
     """An open page descriptor.
 
     Attributes:

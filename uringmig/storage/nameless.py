@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
 from collections.abc import Iterator
 from typing import Final
 
@@ -70,7 +69,7 @@ def _create(folder: str) -> int:
     except OSError as error:
         if error.errno not in _NO_TMPFILE or not os.path.isdir(folder):
             raise
-    path = os.path.join(folder, f"{PREFIX}{secrets.token_hex(8)}")
+    path = os.path.join(folder, f"{PREFIX}{os.urandom(8).hex()}")
     try:
         return os.open(path, os.O_CREAT | os.O_EXCL | _FLAGS, _MODE)
     finally:

@@ -7,10 +7,10 @@ keeps the memory mapped until the completion.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 Int64Array = NDArray[np.int64]
@@ -20,10 +20,10 @@ def _check(arrays: Any) -> None:
     """Assert the invariant of a struct of arrays (1-D, int64, equal length) and freeze it.
 
     Some ten of these are made for each window of memory, so this is kept short: the names are
-    those of the slots, and one shape says both dimension and length.
+    those of the fields, and one shape says both dimension and length.
     """
     shape = None
-    for name in arrays.__slots__:
+    for name in arrays.__struct_fields__:
         array = getattr(arrays, name)
         assert array.dtype == np.int64, (name, array.dtype)
         assert array.shape == (shape or (len(array),)), (name, array.shape, shape)
@@ -31,8 +31,7 @@ def _check(arrays: Any) -> None:
         array.flags.writeable = False
 
 
-@dataclass(frozen=True, slots=True)
-class IoPlan:
+class IoPlan(Struct, frozen=True):
     """Requests not yet issued: ``address``, ``length`` (bytes), ``file_offset``; all int64, 1-D."""
 
     address: Int64Array
@@ -51,8 +50,7 @@ class IoPlan:
         return int(self.length.sum())
 
 
-@dataclass(frozen=True, slots=True)
-class IoBatch:
+class IoBatch(Struct, frozen=True):
     """Requests for an engine: as `IoPlan`, and a ``token`` that comes back with the result."""
 
     address: Int64Array
@@ -67,8 +65,7 @@ class IoBatch:
         return len(self.token)
 
 
-@dataclass(frozen=True, slots=True)
-class Completions:
+class Completions(Struct, frozen=True):
     """Results from an engine: ``token``, and ``result`` in bytes moved (>= 0) or -errno."""
 
     token: Int64Array

@@ -17,8 +17,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, Final, Protocol, Self
+
+from msgspec import Struct
 
 from uringmig.errors import FormatError, LimitError, StorageError
 from uringmig.options import TransferOptions
@@ -70,8 +71,7 @@ class WindowWork(Protocol):
         """Note that the last request of the window has completed."""
 
 
-@dataclass(frozen=True, slots=True)
-class ChannelFile:
+class ChannelFile(Struct, frozen=True):
     """What every channel of a round shares: the file, the direction, the settings.
 
     ``bounce`` is set where memory is not aligned as the file's O_DIRECT asks.

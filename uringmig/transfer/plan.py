@@ -6,10 +6,10 @@ Nothing here has a default value: `options` has them all, so that each is said o
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from uringmig.options import PAGE_SIZE, SPAN_BYTES, WINDOW_BYTES, TransferOptions
@@ -21,8 +21,7 @@ from uringmig.units import align_down, div_ceil
 _SPANS_PER_CHANNEL: Final = 4
 
 
-@dataclass(frozen=True, slots=True)
-class Window:
+class Window(Struct, frozen=True):
     """A piece of one block that a channel handles at a time."""
 
     block_index: int

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+from msgspec import Struct
 
 from uringmig.storage.requests import Completions, IoBatch, IoPlan
 from uringmig.units import align_down
@@ -23,8 +24,7 @@ RETRIES_MAX: Final = 40
 _RETRIED: Final = frozenset({errno.EAGAIN, errno.EINTR})
 
 
-@dataclass(frozen=True, slots=True)
-class TransferFailure:
+class TransferFailure(Struct, frozen=True):
     """The first request that could not be completed.
 
     Attributes:
