@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
 import numpy as np
+from msgspec import structs
 from numpy.typing import NDArray
 
 from uringmig import signals
@@ -139,7 +140,7 @@ def read_in_order(
     One channel reads them: with more, one that failed would leave the others without buffers, all
     of them held here for the sake of a window that never comes.
     """
-    shared = replace(shared, options=replace(shared.options, channels=1))
+    shared = structs.replace(shared, options=replace(shared.options, channels=1))
     early: dict[Row, _Filled] = {}
     order = iter(windows)
     awaited = next(order, None)
