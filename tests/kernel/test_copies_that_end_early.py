@@ -27,7 +27,7 @@ from uringmig import MappedRamWriter, RamBlock
 from uringmig.archive import copyrun
 from uringmig.archive.cold import write_cold
 from uringmig.archive.copied import TierResult
-from uringmig.archive.copyjournal import Chunk, decode
+from uringmig.archive.copyjournal import Chunk, JournalHeader, decode, encode_start
 from uringmig.archive.hot import write_hot
 from uringmig.archive.partialcopy import PartialCopy
 from uringmig.contents.mappedram import MappedRamContents
@@ -61,20 +61,29 @@ class Copies:
         self.archive = folder / "archive"
         self.archive.mkdir()
         self.journal = self.archive / "vm.journal"
+        self.notes: tuple[str, ...] = ()
 
-    def copy(self, failure: BaseException | None = None, *, early: bool = False) -> int:
-        """Copy, or fail when something is durable; return the bytes that were gone on with."""
+    def copy(
+        self, failure: BaseException | None = None, *, early: bool = False, slowly: bool = False
+    ) -> int:
+        """Copy, or fail when something is durable; return the bytes that were gone on with.
+
+        Slowly is with time for checkpoints.
+        """
 
         def tell(snapshot: Snapshot) -> None:
             durable = self.journal.exists() and self.journal.stat().st_size > 1000
             if failure is not None and (early or durable):
                 raise failure
 
-        options = OPTIONS if failure is None else replace(OPTIONS, rate=16 * MIB)
+        slowly = slowly or failure is not None
+        options = replace(OPTIONS, rate=16 * MIB if slowly else 0)
         with MappedRamContents(self._source) as contents:
-            return self._write(
+            result = self._write(
                 contents, self.archive / "vm", options=options, resume=self.journal, progress=tell
-            ).resumed_bytes
+            )
+        self.notes = result.notes
+        return result.resumed_bytes
 
 
 @pytest.fixture(autouse=True)
@@ -120,6 +129,38 @@ def test_without_a_checkpoint_nothing_is_left(
     with pytest.raises(type(failure)):
         copies.copy(failure, early=True)
     assert left_in(copies.archive) == []
+
+
+#: The beginning of a journal as it should be; whose it is shows in the fingerprint of the source.
+BEGINNING = encode_start(JournalHeader(tier="hot", source="other", shape="other", token="0" * 32))
+DAMAGED = [b"", b"of something else", BEGINNING[:30], BEGINNING[:-1] + b"\xff", None]
+
+
+@pytest.mark.parametrize("content", DAMAGED, ids=["empty", "other", "cut", "changed", "folder"])
+def test_a_journal_that_cannot_be_used_is_told_and_costs_no_copy(
+    tmp_path: Path, content: bytes | None
+) -> None:
+    """It begins anew, and says so; a journal that cannot even be written to is told as well."""
+    copies = Copies(tmp_path, "hot")
+    if content is None:
+        copies.journal.mkdir()
+    else:
+        copies.journal.write_bytes(content)
+    assert copies.copy(slowly=content is None) == 0
+    told = [note for note in copies.notes if str(copies.journal) in note]
+    assert "begins anew" in told[0]
+    assert len(told) == 1 + (content is None)
+    left = [name for name in left_in(copies.archive) if name != "vm.journal" or content is not None]
+    assert left == ["vm", "vm.manifest.json"]
+    check_image(copies.archive / "vm", copies.guest)
+
+
+def test_a_journal_of_another_copy_is_no_damage(tmp_path: Path) -> None:
+    """The source has changed, say: that is every night's business, and no note."""
+    copies = Copies(tmp_path, "hot")
+    copies.journal.write_bytes(BEGINNING)
+    assert copies.copy() == 0
+    assert not [note for note in copies.notes if "journal" in note]
 
 
 class Counted(MappedRamContents):

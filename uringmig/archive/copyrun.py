@@ -126,9 +126,10 @@ class CopyRun:
 
     @property
     def notes(self) -> list[str]:
-        """What the operator should know of engine, file and source."""
-        target = self._partial.target
-        notes = (self._engine.note, *target.notes, *self._guest.contents.notes)
+        """What the operator should know of engine, file, journal and source."""
+        partial = self._partial
+        journal = partial.notes
+        notes = (self._engine.note, *partial.target.notes, *journal, *self._guest.contents.notes)
         return [note for note in notes if note is not None]
 
     def publish(

@@ -7,6 +7,8 @@ the partial file for an image.
 What is left of a copy that ends early depends on its last checkpoint, not on how it ended: if there
 is one, a signal, a full disk, a peer that goes away and kill -9 all leave both files. Without one a
 clean end leaves nothing, and neither do contents that are not what they should be.
+
+The journal only saves work: one that cannot be read or written costs no copy, and is told.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Final, Self
 
@@ -23,7 +26,7 @@ from uringmig.errors import BytesError, FormatError, StateError, StorageError
 from uringmig.image import manifest
 from uringmig.options import DirectMode
 from uringmig.storage.imagetarget import NamedTarget
-from uringmig.storage.mainfile import MainFile
+from uringmig.storage.mainfile import MainFile, open_for_reading
 
 _MARK: Final = b"uringmig partial"
 _MODE: Final = 0o600
@@ -46,6 +49,8 @@ class PartialCopy:
     Attributes:
         target: the file's two descriptors.
         taken_over: chunks that need not be copied again.
+        resumable: whether checkpoints are of any use.
+        notes: what is wrong with the journal, one line each.
 
     Raises:
         StateError: the name is taken by something that is not a file.
@@ -63,7 +68,7 @@ class PartialCopy:
         journal: Path | None,
     ) -> None:
         self._journal_path = journal
-        #: Whether checkpoints are of any use.
+        self.notes: list[str] = []
         self.resumable = journal is not None and source is not None
         self._journal: MainFile | None = None
         self._journal_end = 0
@@ -79,7 +84,11 @@ class PartialCopy:
             # Under the partial file's lock: nobody appends to the journal meanwhile.
             nonlocal former
             if journal is not None and source is not None:
-                former = _load(journal, self._header)
+                try:
+                    former = _load(journal, self._header)
+                except (FormatError, StorageError) as error:
+                    why = error if isinstance(error, StorageError) else f"{journal}: {error}"
+                    self.notes.append(f"the copy begins anew, its journal is lost: {why}")
             return former is not None and main.read_at(0, len(_mark(former))) == _mark(former)
 
         self.target = NamedTarget(out, mode=direct, sidecar_suffix=manifest.SUFFIX, keep=keep)
@@ -97,14 +106,27 @@ class PartialCopy:
     def checkpoint(self, chunks: Sequence[Chunk]) -> None:
         """Make the file durable, then note that these chunks are.
 
-        Their writes must have completed. Others may be in flight.
+        Their writes must have completed. Others may be in flight. Where the journal cannot be
+        written there are no more checkpoints.
 
         Raises:
             StorageError: nothing may be said to be safe after this.
         """
         assert self.resumable, "there is no journal"
-        assert self._journal_path is not None
         self.target.main.sync()
+        try:
+            self._write_down(chunks)
+        except StorageError as error:
+            self.resumable = False
+            self.notes.append(f"if the copy is interrupted, less of it can be kept: {error}")
+
+    def _write_down(self, chunks: Sequence[Chunk]) -> None:
+        """Add chunks to the journal, durably.
+
+        Raises:
+            StorageError: what it says of earlier ones still holds.
+        """
+        assert self._journal_path is not None
         if self._journal is None:
             self._journal = _open_journal(self._journal_path)
             self._journal.set_size(self._journal_end)
@@ -152,13 +174,18 @@ def _mark(journal: Journal) -> bytes:
 
 
 def _load(path: Path, wanted: JournalHeader) -> Journal | None:
-    """Read a journal, if it is of the same copy."""
-    try:
-        if not os.path.isfile(path) or path.stat().st_size > copyjournal.BYTES_MAX:
-            return None
-        journal = copyjournal.decode(path.read_bytes())
-    except (OSError, FormatError):
+    """Read a journal, if there is one of the same copy.
+
+    Raises:
+        FormatError: it is damaged, or no journal.
+        StorageError: it cannot be read.
+    """
+    if not os.path.lexists(path):
         return None
+    with closing(open_for_reading(str(path))) as file:
+        if file.size > copyjournal.BYTES_MAX:
+            raise FormatError(f"a journal of {file.size} bytes")
+        journal = copyjournal.decode(file.read_at(0, file.size))
     found = journal.header
     same = (found.tier, found.source, found.shape) == (wanted.tier, wanted.source, wanted.shape)
     return journal if same else None
