@@ -84,6 +84,16 @@ def sweep(
     assert struck.code == undisturbed, struck.err
 
 
+def refused(folder: Path, call: str, error: str, *arguments: object, only: Sequence[Path]) -> Ended:
+    """Run the program; its calls of a kind that have to do with these files fail with an error."""
+    command = _traced(folder / "refused.log", call, f"error={error}", only)
+    done = subprocess.run(
+        [*command, *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    return Ended(done.returncode, done.stdout, done.stderr)
+
+
 def slowed(
     folder: Path, call: str, *arguments: object, only: Sequence[Path]
 ) -> subprocess.Popen[str]:

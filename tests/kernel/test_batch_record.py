@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from batchjobs import job, make_image, run_jobs, write_jobs
+from batchjobs import check_archive, job, job_ends, make_image, run_jobs, summary_of, write_jobs
 from loopdisk import mounted
+from strikes import refused
 
-from uringmig.batch.journal import Begun, RunState, Started, encode, replay
+from uringmig.archive.directory import Archive
+from uringmig.batch.journal import Begun, RunState, Started, digest_text, encode, replay
 from uringmig.batch.record import RunRecord, read_state
 from uringmig.errors import StorageError
 from uringmig.units import KiB, MiB
@@ -72,6 +76,65 @@ def test_journal_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / ".run").mkdir()
     with pytest.raises(StorageError, match="cannot read the journal"):
         read_state(tmp_path / ".run")
+
+
+def interrupted(path: Path, *, at: float) -> Path:
+    """An archive with the journal of a run of the job file that did nothing; the journal."""
+    archive = path.with_name("archive")
+    Archive.open(archive, write=True).close()
+    journal = archive / f".jobs-{digest_text(str(path))[:8]}.run"
+    digest = digest_text(path.read_text())
+    RunRecord(journal).begin(Begun(job_file=str(path), job_digest=digest, time="T", at=at))
+    return journal
+
+
+TROUBLES = [
+    ("read", "EIO", "", ["begins anew"]),
+    ("pwrite64", "ENOSPC", ".partial", ["if the run is interrupted"]),
+    ("ftruncate", "EIO", "", ["if the run is interrupted"]),
+    ("write", "EIO", "", ["the journal ends here"]),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "suffix", "told"), TROUBLES)
+def test_trouble_with_the_journal_is_a_warning_and_costs_no_night(
+    tmp_path: Path, call: str, error: str, suffix: str, told: list[str]
+) -> None:
+    """Not read, not begun, not gone on with, not appended to: every job is done, and 1 is said."""
+    make_image(tmp_path / "vm.mig")
+    path = write_jobs(tmp_path, job("web", "image = 'vm.mig'"))
+    journal = interrupted(path, at=time.time() if call == "ftruncate" else 0.0)
+    ended = refused(
+        *(tmp_path, call, error, "archive", "run", path, "--json", "--report", tmp_path / "r"),
+        only=[Path(f"{journal}{suffix}")],
+    )
+    assert ended.code == 1, ended.err
+    assert job_ends(ended)["web"]["stage"] == "done"
+    assert check_archive(tmp_path / "archive")
+    (report,) = (tmp_path / "r").glob("*.json")
+    for warnings in (summary_of(ended)["warnings"], json.loads(report.read_bytes())["warnings"]):
+        assert [text in one for text, one in zip(told, warnings, strict=True)] == [True], warnings
+    assert ended.err.count("warning: ") == 1
+    assert str(journal) in ended.err
+
+
+def test_something_else_in_the_place_of_the_journal_costs_no_night(tmp_path: Path) -> None:
+    """A folder can neither be read nor replaced: both are told, if the run cannot begin as well."""
+    make_image(tmp_path / "vm.mig")
+    path = write_jobs(tmp_path, job("web", "image = 'vm.mig'"))
+    journal = interrupted(path, at=0.0)
+    journal.unlink()
+    journal.mkdir()
+    for options in (["--dry-run"], []):
+        ended = run_jobs(path, *options)
+        assert ended.code == 1
+        assert ended.err.count("warning: ") == 2 - len(options), ended.err
+    refused_run = ("--scheduler", "tcp://h:1", "--workers", 2, "--report", tmp_path / "r")
+    assert run_jobs(path, *refused_run).code == 2
+    (report,) = (tmp_path / "r").glob("*.json")
+    assert len(json.loads(report.read_bytes())["warnings"]) == 2
+    journal.rmdir()
+    assert check_archive(tmp_path / "archive")
 
 
 def test_a_record_is_durable_when_it_is_said(

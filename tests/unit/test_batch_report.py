@@ -38,10 +38,11 @@ def make_state(name: str, stage: Stage, *, exit_code: int = 0, error: str = "") 
     return state
 
 
-def make_summary(*states: JobState) -> Summary:
+def make_summary(*states: JobState, warnings: tuple[str, ...] = ()) -> Summary:
     return Summary(
         job_file="/j.toml", time="T", seconds=75.0, jobs=states, resumed=False, stopped_by=None,
-        peak_runner_bytes=40 * MiB, peak_worker_bytes=50 * MiB, notes=(), depths={"h:vda": 16},
+        peak_runner_bytes=40 * MiB, peak_worker_bytes=50 * MiB, notes=(), warnings=warnings,
+        depths={"h:vda": 16},
     )  # fmt: skip
 
 
@@ -70,6 +71,14 @@ def test_a_report_names_failures_first_and_no_text_breaks_its_line() -> None:
     described = describe_run(make_summary(make_state("web1", "done"), bad))
     assert msgspec.json.decode(msgspec.json.encode(described))["jobs"][1]["error"] == bad.error
     assert (described["done"], described["failed"], described["shared_bytes"]) == (1, 1, MiB)
+
+
+def test_what_is_wrong_with_an_archive_is_in_every_account() -> None:
+    """A run whose jobs are all done, and which has a warning of its own, says 1 and why."""
+    summary = make_summary(make_state("web1", "done"), warnings=("a|b is damaged",))
+    assert summary.exit_code == 1
+    assert describe_run(summary)["warnings"] == ["a|b is damaged"]
+    assert r"- warning: a\|b is damaged" in render_markdown(summary).splitlines()
 
 
 def test_metrics_are_one_family_after_the_other() -> None:

@@ -18,7 +18,7 @@ from typing import Self
 
 from uringmig.archive.directory import Archive
 from uringmig.batch.job import Job, JobFile
-from uringmig.batch.ledger import TIME_FORMAT
+from uringmig.batch.ledger import TIME_FORMAT, Ledger
 from uringmig.batch.metrics import MetricsFile
 from uringmig.batch.report import write_report
 from uringmig.batch.runner import Run
@@ -53,6 +53,7 @@ class Account:
         self._began_at = time.monotonic()
         self._time = datetime.now(UTC).strftime(TIME_FORMAT)
         self._states: list[JobState] = []
+        self._ledger: Ledger | None = None
         self._run: Run | None = None
         self._ended = False
 
@@ -82,6 +83,10 @@ class Account:
         if self.metrics is not None:
             self.metrics.succeeded(_newest_entries(job_file))
             self._write(self._view())
+
+    def opened(self, ledger: Ledger) -> None:
+        """Take down what is told of the archives and the journal, then and later."""
+        self._ledger = ledger
 
     def running(self, run: Run) -> None:
         """From now on the run knows best."""
@@ -113,7 +118,8 @@ class Account:
             stopped_by=stopped_by,
             peak_runner_bytes=view.runner_bytes,
             peak_worker_bytes=max((state.peak_bytes for state in view.jobs), default=0),
-            notes=(),
+            notes=tuple(self._ledger.notes) if self._ledger else (),
+            warnings=tuple(self._ledger.warnings) if self._ledger else (),
             depths={},
             error=str(error) or type(error).__name__,
             error_code=exit_code,

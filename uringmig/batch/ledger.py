@@ -11,6 +11,7 @@ import contextlib
 import os
 import socket
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,7 +27,7 @@ from uringmig.batch.messages import Archived
 from uringmig.batch.planning import taken_by_partial
 from uringmig.batch.record import RunRecord, read_state
 from uringmig.batch.state import JobState
-from uringmig.errors import StateError, StorageError, UringmigError
+from uringmig.errors import LimitError, StateError, StorageError, UringmigError
 
 TIME_FORMAT: Final = "%Y%m%dT%H%M%SZ"
 
@@ -45,7 +46,7 @@ class Ledger:
         time: what ``{time}`` stands for.
         resumed: this run goes on with an interrupted one.
         notes: what the operator should know, one line each.
-        warnings: what is wrong with an archive, one line each.
+        warnings: what is wrong with an archive or the journal, one line each.
 
     Raises:
         StateError: two jobs have one entry, or an archive is none.
@@ -243,7 +244,7 @@ class Ledger:
         """Note that every job is through."""
         self._record.append(journal.Ended(at=time.time()))
         if self._record.trouble:
-            self.notes.append(self._record.trouble)
+            self.warnings.append(self._record.trouble)
 
     def _open_archives(self, write: bool) -> None:
         """Open every archive, always in one order."""
@@ -261,10 +262,17 @@ class Ledger:
                 self.notes.append(archive.catalogue_note)
 
     def _open_journal(self, digest: str, write: bool, resume_within_s: float) -> None:
-        """Go on with an interrupted run's journal, or begin one."""
+        """Go on with an interrupted run's journal, or begin one.
+
+        No promise rests on it: entries are whole or not there without it, and it only saves what
+        an interrupted run has done from being done again. So trouble with it is told and costs no
+        night, as it is when it comes later.
+        """
         path = self._journal_path()
         now = time.time()
-        self._state = read_state(path)
+        self._state = journal.RunState()
+        with self._told("the run begins anew"):
+            self._state = read_state(path)
         self.resumed = self._state.resumable(job_digest=digest, now=now, within_s=resume_within_s)
         begun = self._state.begun
         if not self.resumed or begun is None:
@@ -279,10 +287,21 @@ class Ledger:
         self._record = RunRecord(path)
         if write:
             self._resources.callback(self._record.close)
-            if self.resumed:
-                self._record.go_on(self._state)
-            else:
-                self._record.begin(begun)
+            with self._told("if the run is interrupted, the next one begins anew"):
+                if self.resumed:
+                    self._record.go_on(self._state)
+                else:
+                    self._record.begin(begun)
+
+    @contextlib.contextmanager
+    def _told(self, meaning: str) -> Iterator[None]:
+        """Make trouble with the journal a warning; but what this process may not have is one."""
+        try:
+            yield
+        except LimitError:
+            raise
+        except (StateError, StorageError) as error:
+            self.warnings.append(f"{meaning}: {error}")
 
     def _journal_path(self) -> Path:
         """In the first job's archive; one for each job file, by its path."""

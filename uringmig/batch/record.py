@@ -47,7 +47,7 @@ class RunRecord:
         """Replace the journal by that of a new run.
 
         Raises:
-            StorageError: it cannot be written.
+            StorageError: it cannot be written, and no records are kept.
         """
         publish_bytes(self._path, encode(begun))
         self._open()
@@ -56,12 +56,13 @@ class RunRecord:
         """Append to the journal that ``state`` was read from, behind what is believed of it.
 
         Raises:
-            StorageError: it cannot be written.
+            StorageError: it cannot be written, and no records are kept.
         """
         self._open()
         try:
             os.ftruncate(self._fd, state.length)
         except OSError as error:
+            self.close()
             raise StorageError(
                 "cannot cut the journal", errno=error.errno, path=self._path
             ) from None

@@ -65,6 +65,7 @@ def describe_run(summary: Summary) -> dict[str, Any]:
         "peak_worker_bytes": summary.peak_worker_bytes,
         "disk_depths": dict(summary.depths),
         "notes": list(summary.notes),
+        "warnings": list(summary.warnings),
         "jobs": [describe_job(state) for state in summary.jobs],
     }
 
@@ -155,7 +156,8 @@ def _table(jobs: Sequence[JobState]) -> list[str]:
 
 def _remarks(summary: Summary) -> list[str]:
     """Notes and warnings, by job."""
-    remarks = [f"- {_text(note)}" for note in summary.notes]
+    remarks = [f"- warning: {_text(warning)}" for warning in summary.warnings]
+    remarks += [f"- {_text(note)}" for note in summary.notes]
     for state in summary.jobs:
         remarks += [f"- {state.job.name}: warning: {_text(text)}" for text in state.warnings]
         remarks += [f"- {state.job.name}: {_text(text)}" for text in state.notes]

@@ -423,6 +423,7 @@ class Run:
             peak_runner_bytes=self._memory.peak_bytes,
             peak_worker_bytes=max((state.peak_bytes for state in self._states), default=0),
             notes=tuple(self._ledger.notes),
+            warnings=tuple(self._ledger.warnings),
             depths={key: allowance.depth for key, allowance in self._admission.allowances.items()},
         )
 

@@ -128,6 +128,8 @@ class Summary:
         resumed: it went on with an interrupted run.
         peak_runner_bytes: most anonymous memory the runner was seen to have.
         peak_worker_bytes: likewise, of any worker.
+        notes: what the operator should know, one line each.
+        warnings: what is wrong with the archives or the run's journal, one line each.
         error: what ended the run before its jobs were through, or "".
         error_code: the exit code of that.
     """
@@ -141,6 +143,7 @@ class Summary:
     peak_runner_bytes: int
     peak_worker_bytes: int
     notes: tuple[str, ...]
+    warnings: tuple[str, ...]
     depths: Mapping[str, int]
     error: str = ""
     error_code: int = 0
@@ -161,5 +164,5 @@ class Summary:
         if self.stopped_by is not None:
             return SIGNAL_EXIT_CODE + self.stopped_by
         failed = [state.exit_code for state in self.jobs if state.stage == "failed"]
-        warned = any(state.warnings for state in self.jobs)
+        warned = bool(self.warnings) or any(state.warnings for state in self.jobs)
         return max(failed, default=int(warned))

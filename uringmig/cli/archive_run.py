@@ -132,11 +132,13 @@ def _opened(
         Ledger(
             job_file, text=text, write=account is not None, resume_within_s=options.resume_within
         ) as ledger,
-        # Ended before the ledger is: no worker writes to an archive that is not locked.
-        closing(_pool(options.scheduler, options.workers)) as pool,
     ):
         session.output.warn_all(ledger.warnings)
-        yield ledger, pool
+        if account is not None:
+            account.opened(ledger)
+        # Ended before the ledger is: no worker writes to an archive that is not locked.
+        with closing(_pool(options.scheduler, options.workers)) as pool:
+            yield ledger, pool
 
 
 def _tuned(job_file: JobFile, output: Output, profile_file: Path | None) -> JobFile:
@@ -174,6 +176,7 @@ def _executed(output: Output, ledger: Ledger, run: Run, notifier: Notifier) -> S
     Raises:
         StorageError: the plan does not fit.
     """
+    told = len(ledger.warnings)
     if ledger.resumed:
         output.note(f"going on with the run of {ledger.time}, which was interrupted")
     try:
@@ -188,6 +191,7 @@ def _executed(output: Output, ledger: Ledger, run: Run, notifier: Notifier) -> S
         output.note(warning)
     notifier.ready()
     summary = run.execute()
+    output.warn_all(ledger.warnings[told:])
     notifier.stopping()
     return summary
 
