@@ -61,6 +61,21 @@ def test_save_speaks_to_qemu_before_it_loads_the_writer(tmp_path: Path) -> None:
     assert "uringmig.writer" not in modules
 
 
+def test_what_saves_loads_nothing_that_only_archives_need() -> None:
+    """`save` waits for it with QEMU at hand; the guest is saved from then on."""
+    code = "import json, sys, uringmig.qemu.sharedram; print(json.dumps(list(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    modules = set(json.loads(done.stdout))
+    assert "uringmig.writer" in modules
+    assert not modules & (NEVER | {"asyncio", "rich", "secrets", "sqlite3", "ssl", "zstandard"})
+    # Its Python package; only the path of a file in it is needed.
+    assert "liburing" not in modules
+    rooms = {name.split(".")[1] for name in modules if name.startswith("uringmig.")}
+    assert not rooms & {"archive", "batch", "bench", "cli", "reader", "testing", "verify"}
+    contents = {name for name in modules if name.startswith("uringmig.contents.")}
+    assert contents == {"uringmig.contents.devicestream"}
+
+
 def test_listing_an_archive_loads_no_engine_and_no_qemu(tmp_path: Path) -> None:
     with Archive.open(tmp_path / "a", write=True) as archive:
         add_entry(archive, "one")
