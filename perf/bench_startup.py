@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from perf.micro import Micro, TimeFunction
-from perf.program import PROGRAM
+from perf.program import PROGRAM, compile_package
 
 #: Names of what `perf.verdict` judges.
 NOTHING: Final = "python: nothing"
@@ -84,6 +84,7 @@ def _processor_seconds(pid: int) -> float:
 
 def main() -> None:
     """Measure every mark."""
+    compile_package()
     micro = Micro("perf.bench_startup", __doc__ or "", program=str(PROGRAM))
     commands: dict[str, Sequence[str]] = {
         NOTHING: [sys.executable, "-c", "pass"],

@@ -23,6 +23,7 @@ import pyperf
 
 from perf.host import describe_host, device_of
 from perf.observe import cached_bytes, drop_file_cache, drop_page_cache, wait_until_idle
+from perf.program import compile_package
 from perf.programme import Contest
 from perf.results import Results, Sample, Start, save
 from perf.rivals import ROOT, Measured, Ours, Rival, Task
@@ -86,6 +87,7 @@ class Session:
             RivalFailed: names the rival and its cause; what was measured before is on disk.
         """
         self.say(f"seed {self.seed}; repeat with --seed {self.seed}")
+        compile_package()
         try:
             if startup:
                 self.say("== start-up: processor time of processes")
