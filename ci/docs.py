@@ -67,6 +67,11 @@ FURTHER: Final = (
             "WindowRead",
         ),
     ),
+    (
+        "uringmig.image",
+        "What a manifest says of the machine whose memory an image holds.",
+        ("GuestFacts", "MapRange"),
+    ),
 )
 #: What public classes inherit from and is documented there.
 BASES: Final = (

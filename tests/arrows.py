@@ -46,8 +46,8 @@ FLOOR: Final = ("errors", "units", "options")
 ARROWS: Final[dict[str, tuple[str, ...]]] = {
     "__main__": ("cli", "starting"),
     "cli": (
-        "archive", "batch", "bench", "format.constants", "image.manifest", "pages", "progress",
-        "qemu", "reader", "signals", "stdio", "storage", "verify", "version",
+        "archive", "batch", "bench", "format.constants", "image", "pages", "progress", "qemu",
+        "reader", "signals", "stdio", "storage", "verify", "version",
     ),
     "": ("format", "memory", "progress", "reader", "result", "verify", "writer"),
     "batch": (
@@ -74,8 +74,8 @@ ARROWS: Final[dict[str, tuple[str, ...]]] = {
     "testing": ("qemu.monitor", "storage"),
     "verify": ("contents", "image", "progress", "reader", "storage"),
     "qemu": (
-        "contents", "format", "image.parse", "memory", "pages", "progress", "result", "signals",
-        "storage", "writer",
+        "contents", "format", "image.guestfacts", "image.parse", "memory", "pages", "progress",
+        "result", "signals", "storage", "writer",
     ),
     "qemu.address": (),
     "qemu.monitor": ("qemu.address", "qemu.qmp", "signals"),
@@ -93,7 +93,8 @@ ARROWS: Final[dict[str, tuple[str, ...]]] = {
         "format", "memory.source", "pages", "progress", "signals", "storage", "transfer.plan",
     ),
     "image.digest": (),
-    "image.manifest": ("image.digest",),
+    "image.guestfacts": ("format.constants",),
+    "image.manifest": ("image.digest", "image.guestfacts"),
     "image.window": ("pages", "transfer.plan"),
     "transfer": ("progress", "signals", "storage"),
     "transfer.plan": ("pages", "storage.requests"),

@@ -7,27 +7,24 @@ first, and each piece is named by block and file offset.
 
 from __future__ import annotations
 
-import errno
 import itertools
 import os
 import time
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 from uringmig.contents.comparing import Digests, compare_window
 from uringmig.contents.mappedram import MappedRamContents
 from uringmig.contents.source import WindowRead, each_row, row_length
-from uringmig.errors import MismatchError, StorageError
+from uringmig.errors import MismatchError
 from uringmig.image import manifest
 from uringmig.image.parse import stream_digest
+from uringmig.image.sidecar import load_sidecar, sidecar_path
 from uringmig.options import WINDOW_BYTES, ReadOptions
 from uringmig.progress import ChannelCounters, ProgressCallback, Teller
 from uringmig.reader import MappedRamReader
 from uringmig.storage.enginechoice import EngineChoice
-from uringmig.storage.folder import beside
-from uringmig.storage.mainfile import open_for_reading
 from uringmig.units import div_ceil
 
 #: Windows asked for in one go, 16 GiB: what is known of each takes memory too.
@@ -83,8 +80,9 @@ def verify(
         path, offset=offset, options=options, compared=True, engine=engine
     ) as contents:
         reader = contents.reader
-        sidecar = Path(beside(path, manifest.SUFFIX))
-        expected = _load_manifest(sidecar)
+        sidecar = sidecar_path(path)
+        text = load_sidecar(sidecar)
+        expected = None if text is None else manifest.decode(text)
         notes = list(contents.notes)
         mismatches: list[MismatchError] = []
         if expected is None:
@@ -147,21 +145,6 @@ def _count(counters: ChannelCounters, read: WindowRead, length: int, *, all_of_i
     counters.finished_bytes += length
     counters.zero_bytes += length - stored
     counters.completed_bytes += stored
-
-
-def _load_manifest(path: Path) -> manifest.Manifest | None:
-    """Read the sidecar, if there is one and it is a file of a sane size."""
-    try:
-        file = open_for_reading(os.fspath(path))
-    except StorageError as error:
-        if error.errno == errno.ENOENT:
-            return None
-        raise
-    with closing(file):
-        size = file.size
-        if size > manifest.BYTES_MAX:
-            raise StorageError(f"larger than {manifest.BYTES_MAX} bytes", path=path)
-        return manifest.decode(file.read_at(0, size))
 
 
 def compare_shape(reader: MappedRamReader, expected: manifest.Manifest) -> list[MismatchError]:

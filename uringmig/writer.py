@@ -23,6 +23,7 @@ from uringmig.format.headers import Configuration
 from uringmig.format.layout import ImageLayout, plan_layout
 from uringmig.image import manifest
 from uringmig.image.draft import FinishedImage, ImageDraft
+from uringmig.image.guestfacts import GuestFacts
 from uringmig.image.savework import SavedBlock, SaveWork, skip_holes
 from uringmig.memory.array import BufferMemory
 from uringmig.memory.source import CopiedMemory, MemorySource
@@ -271,12 +272,15 @@ class MappedRamWriter:
         finally:
             block.selected = None
 
-    def finish(self, device_state: DeviceState | None = None) -> SaveResult:
+    def finish(
+        self, device_state: DeviceState | None = None, *, guest: GuestFacts | None = None
+    ) -> SaveResult:
         """Write bitmaps and device state, make the file durable, and give it its name.
 
         Args:
             device_state: all that follows the ram setup in the stream; None is a machine without
                 devices.
+            guest: the machine whose memory it is, for the manifest.
 
         Raises:
             StateError: `write_all` has not run.
@@ -286,12 +290,12 @@ class MappedRamWriter:
         if not self._all_written:
             raise StateError("finish() before write_all(): no page has been written")
         try:
-            return self._finish(device_state or DeviceState.empty(self._section_id))
+            return self._finish(device_state or DeviceState.empty(self._section_id), guest)
         except BaseException:
             self._fail()
             raise
 
-    def _finish(self, device_state: DeviceState) -> SaveResult:
+    def _finish(self, device_state: DeviceState, guest: GuestFacts | None) -> SaveResult:
         """Do what comes after the pages."""
         self._enter(_State.ENDING)
         finished = self._draft.finish(
@@ -312,6 +316,7 @@ class MappedRamWriter:
                 ),
                 seconds=describe_seconds(result.time),
                 notes=result.notes,
+                guest=guest,
             )
         manifest_path = finished.durable.publish(described)
         published = time.monotonic()

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from uringmig.errors import FormatError
 from uringmig.image import digest, manifest
+from uringmig.image.guestfacts import GuestFacts, MapRange
 
 SAMPLE = manifest.Manifest(
     created="2026-01-01T00:00:00+00:00",
@@ -105,12 +106,83 @@ def test_manifest_is_json_with_its_format_and_version() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("format", "other"), ("version", 2), ("digest", "md5"), ("digest_bytes", 1 << 20)],
+    [
+        ("format", "other"),
+        ("version", 3),
+        ("version", 0),
+        ("digest", "md5"),
+        ("digest_bytes", 1 << 20),
+    ],
 )
 def test_another_kind_of_manifest_is_refused(name: str, value: object) -> None:
     with pytest.raises(FormatError, match=f"manifest {name}") as caught:
         manifest.decode(json.dumps(as_json() | {name: value}).encode())
     assert caught.value.found == value
+
+
+def test_a_newer_version_is_told_as_such_whatever_else_it_has() -> None:
+    """The version decides before any field does: what a newer one has is not called unknown."""
+    text = as_json() | {"version": 3, "format": "uringmig-manifest", "from_the_future": {}}
+    with pytest.raises(FormatError, match="manifest version") as caught:
+        manifest.decode(json.dumps(text).encode())
+    assert (caught.value.expected, caught.value.found) == ("1 to 2", 3)
+
+
+GUEST = GuestFacts(
+    qemu_version="10.0.2",
+    qemu_package=None,
+    machine="pc-q35-10.0",
+    target="x86_64",
+    cpu_type="qemu64-x86_64-cpu",
+    cpu_count=2,
+    kvm=False,
+    name=None,
+    uuid=None,
+    memory_map=[
+        MapRange(
+            start=0, length=4 << 20, block="pc.ram", offset=0, read_only=False, region="pc.ram"
+        ),
+        MapRange(
+            start=1 << 32, length=4 << 20, block="pc.ram", offset=4 << 20, read_only=True,
+            region="pc.ram",
+        ),
+        MapRange(start=1 << 33, length=4096, block=None, offset=0, read_only=False, region="bar"),
+    ],
+)  # fmt: skip
+WITH_GUEST = msgspec.structs.replace(SAMPLE, guest=GUEST, version=manifest.version_of(GUEST))
+
+
+def test_facts_of_the_machine_are_read_back_and_make_the_second_version() -> None:
+    """Old programs refuse a field they do not know: a manifest has it only under a new version."""
+    assert (as_json()["version"], "guest" in as_json()) == (1, False)
+    text = json.loads(manifest.encode(WITH_GUEST))
+    assert (text["version"], text["guest"]["memory_map"][1]["start"]) == (2, 1 << 32)
+    assert manifest.decode(manifest.encode(WITH_GUEST)) == WITH_GUEST
+    with pytest.raises(FormatError, match="manifest version"):
+        manifest.decode(manifest.encode(msgspec.structs.replace(WITH_GUEST, version=1)))
+
+
+@pytest.mark.parametrize(
+    ("number", "change", "message"),
+    [
+        (0, {"length": (8 << 20) + 1}, "ends past its block"),
+        (1, {"offset": (4 << 20) + 1}, "ends past its block"),
+        (1, {"start": 4095}, "begins in the range before it"),
+        (0, {"block": "pc.bios"}, "no such block"),
+        (0, {"length": 0}, "manifest"),
+        (0, {"start": -1}, "manifest"),
+        (0, {"start": 1 << 63}, "manifest"),
+        (0, {"more": 1}, "manifest"),
+    ],
+)
+def test_a_map_that_does_not_fit_the_image_is_refused(
+    number: int, change: dict[str, object], message: str
+) -> None:
+    """Whoever exports memory by its map may use every range of it as it stands."""
+    text = json.loads(manifest.encode(WITH_GUEST))
+    text["guest"]["memory_map"][number] |= change
+    with pytest.raises(FormatError, match=message):
+        manifest.decode(json.dumps(text).encode())
 
 
 @pytest.mark.parametrize("name", ["created", "base", "file_size", "blocks", "settings"])

@@ -274,7 +274,9 @@ class _ColdCopy:
         fields: manifest.ArchiveFields,
     ) -> manifest.ColdManifest:
         """Describe the durable image."""
+        guest = self._contents.guest()
         return manifest.ColdManifest(
+            version=manifest.version_of(guest),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             writer=manifest.WRITER,
             machine=self._contents.configuration.machine,
@@ -287,6 +289,7 @@ class _ColdCopy:
             seconds=self._copy.seconds(durable),
             notes=self._copy.notes,
             archive=fields,
+            guest=msgspec.UNSET if guest is None else guest,
         )
 
 

@@ -29,6 +29,8 @@ from uringmig.errors import FormatError, MismatchError
 from uringmig.format.device_state import DeviceState
 from uringmig.format.headers import Configuration
 from uringmig.image import digest
+from uringmig.image.guestfacts import GuestFacts
+from uringmig.image.sidecar import guest_of_cold
 from uringmig.options import PAGE_SIZE, WINDOW_BYTES, ReadOptions
 from uringmig.pages import bitmap
 from uringmig.pages.runs import PageRuns
@@ -114,6 +116,12 @@ class ColdContents:
     def device_state(self) -> DeviceState:
         """Everything after ram's START section."""
         return DeviceState(self.index.device_state)
+
+    def guest(self) -> GuestFacts | None:
+        """See `Contents`: what the image's manifest says."""
+        facts, notes = guest_of_cold(self.path, self.header.index_digest.hex())
+        self.notes += notes
+        return facts
 
     def stored_bytes(self) -> int:
         """Bytes of the pages that are in frames."""

@@ -171,6 +171,7 @@ class HotCopy:
             lambda: self._copy.tell("write"),
         )
         tail = self._contents.device_state().tail
+        guest = self._contents.guest()
         finished = self._draft.finish(
             [block.bitmap for block in blocks],
             tail,
@@ -187,6 +188,7 @@ class HotCopy:
             seconds=self._copy.seconds(finished.durable),
             notes=self._copy.notes,
             archive=fields,
+            guest=guest,
         )
         main = self._target.main
         shared = self._earlier.shared_bytes(main) if self._slots is not None else 0

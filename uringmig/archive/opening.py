@@ -71,6 +71,7 @@ class CheckedContents:
         self.notes = contents.notes
         self.device_state = contents.device_state
         self.stored_bytes = contents.stored_bytes
+        self.guest = contents.guest
         self.fingerprint = contents.fingerprint
         self.close = contents.close
 

@@ -14,10 +14,10 @@ from uringmig.cli.session import Session
 from uringmig.cli.table import table_lines
 from uringmig.errors import naming
 from uringmig.format.constants import MAPPED_RAM_FILE_OFFSET_ALIGNMENT
-from uringmig.image import manifest
+from uringmig.image.guestfacts import GuestFacts
+from uringmig.image.sidecar import guest_of_image, sidecar_path
 from uringmig.options import PAGE_SIZE, ReadOptions
 from uringmig.reader import BlockInfo, MappedRamReader
-from uringmig.storage.folder import beside
 from uringmig.units import format_size, is_aligned
 
 
@@ -48,7 +48,7 @@ class SectionSummary:
 
 @dataclass(frozen=True, slots=True)
 class ImageSummary:
-    """What `inspect` shows; ``manifest_path`` is None where there is none."""
+    """What `inspect` shows; ``manifest_path`` and ``guest`` are None where there is none."""
 
     path: str
     base: int
@@ -60,6 +60,7 @@ class ImageSummary:
     manifest_path: str | None
     blocks: tuple[BlockSummary, ...]
     sections: tuple[SectionSummary, ...]
+    guest: GuestFacts | None
 
 
 @command(parameters.image_file(), parameters.offset(), verbose=False)
@@ -71,16 +72,19 @@ def inspect(session: Session, *, file: Path, offset: int) -> int:
         naming(file),
         MappedRamReader(file, offset=offset, options=ReadOptions(engine="pwrite")) as reader,
     ):
-        summary = _summarise(reader, file)
+        summary = _summarise(output, reader, file)
         _judge(output, reader)
     output.result("inspect", summary, _lines(summary))
     return output.exit_code
 
 
-def _summarise(reader: MappedRamReader, file: Path) -> ImageSummary:
+def _summarise(output: Output, reader: MappedRamReader, file: Path) -> ImageSummary:
     """Collect what is shown."""
     image = reader.image
-    sidecar = Path(beside(file, manifest.SUFFIX))
+    sidecar = sidecar_path(file)
+    guest, notes = guest_of_image(file, reader.main, base=image.base, blocks=image.blocks)
+    for note in notes:
+        output.note(note)
     return ImageSummary(
         path=str(file),
         base=image.base,
@@ -102,6 +106,7 @@ def _summarise(reader: MappedRamReader, file: Path) -> ImageSummary:
             )
             for section in image.sections
         ),
+        guest=guest,
     )
 
 
@@ -155,12 +160,34 @@ def _lines(summary: ImageSummary) -> list[str]:
         ),
         "",
     ]
+    if summary.guest is not None:
+        lines += [*_guest_lines(summary.guest), ""]
     sections = summary.sections
     total = sum(section.size_bytes for section in sections)
     lines.append(f"{len(sections)} device sections, {format_size(total)}")
     if sections:
         heading = ["section", "instance", "version", "bytes", "at"]
         lines += table_lines([heading, *map(_section_row, sections)], numbers=True)
+    return lines
+
+
+def _guest_lines(guest: GuestFacts) -> list[str]:
+    """What the manifest says of the machine, and where its memory lay."""
+    cpus = f"{guest.cpu_count or '?'} x {guest.cpu_type or 'unknown processor'}"
+    words = [f"saved by QEMU {guest.qemu_version}", cpus, guest.name, guest.uuid]
+    lines = [", ".join(word for word in words if word)]
+    if guest.memory_map is not None:
+        rows = [
+            [
+                f"{one.start:#x}",
+                format_size(one.length),
+                one.block or f"{one.region}, not in the image",
+                f"{one.offset:#x}",
+                "read-only" if one.read_only else "",
+            ]
+            for one in guest.memory_map
+        ]
+        lines += table_lines([["guest address", "size", "ramblock", "from", ""], *rows])
     return lines
 
 

@@ -22,6 +22,8 @@ from uringmig.format.constants import CAPABILITY_MAPPED_RAM
 from uringmig.format.device_state import DeviceState
 from uringmig.format.headers import Configuration
 from uringmig.image.digest import window_digest
+from uringmig.image.guestfacts import GuestFacts
+from uringmig.image.sidecar import guest_of_image
 from uringmig.options import PAGE_SIZE, WINDOW_BYTES, ReadOptions
 from uringmig.pages import bitmap
 from uringmig.reader import MappedRamReader, plan_reads, zero_clear_pages
@@ -98,6 +100,15 @@ class MappedRamContents:
     def device_state(self) -> DeviceState:
         """Everything after ram's START section."""
         return self._reader.device_state()
+
+    def guest(self) -> GuestFacts | None:
+        """See `Contents`: what the image's manifest says."""
+        image = self._reader.image
+        facts, notes = guest_of_image(
+            self.path, self._reader.main, base=image.base, blocks=image.blocks
+        )
+        self.notes += notes
+        return facts
 
     def stored_bytes(self) -> int:
         """Bytes in pages with a set bit."""

@@ -19,6 +19,7 @@ from uringmig.errors import MismatchError, StateError
 from uringmig.format.constants import CAPABILITY_MAPPED_RAM
 from uringmig.format.device_state import DeviceState
 from uringmig.format.headers import Configuration
+from uringmig.image.guestfacts import GuestFacts
 from uringmig.memory.array import BufferMemory
 from uringmig.memory.mapping import FileMemory
 from uringmig.memory.source import Extents, MemorySource
@@ -50,6 +51,7 @@ class MemoryContents:
         stream: the device state, and the blocks that came with it.
         memories: the other blocks; closed with these contents.
         notes: what the operator should know.
+        facts: of the machine, if QEMU was asked for them.
     """
 
     kind = "memory"
@@ -61,8 +63,10 @@ class MemoryContents:
         memories: Mapping[str, MemorySource],
         *,
         notes: Sequence[str] = (),
+        facts: GuestFacts | None = None,
     ) -> None:
         self.path = path
+        self._facts = facts
         self.notes = tuple(notes)
         self.blocks = tuple(ContentsBlock(*block) for block in stream.blocks)
         self._stream = stream
@@ -99,6 +103,10 @@ class MemoryContents:
     def device_state(self) -> DeviceState:
         """The device sections, as a mapped-ram image has them."""
         return self._stream.device_state()
+
+    def guest(self) -> GuestFacts | None:
+        """See `Contents`."""
+        return self._facts
 
     def stored_bytes(self) -> int:
         """Bytes that are not holes of their files."""

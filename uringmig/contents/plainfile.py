@@ -135,6 +135,9 @@ class PlainFileContents:
         """The device sections, as a mapped-ram image has them."""
         return self._state.device_state()
 
+    def guest(self) -> None:
+        """Nothing: a stream does not say, and has no manifest."""
+
     def stored_bytes(self) -> int:
         """Bytes in pages that the stream has as data."""
         return PAGE_SIZE * self._index.page_count()

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from uringmig.errors import StateError
 from uringmig.format.device_state import DeviceState
 from uringmig.format.headers import Configuration
+from uringmig.image.guestfacts import GuestFacts
 from uringmig.memory.source import Extents
 from uringmig.options import PAGE_SIZE, WINDOW_BYTES
 from uringmig.transfer.plan import Window
@@ -111,6 +112,9 @@ class Contents(Protocol):
 
     def device_state(self) -> DeviceState:
         """Everything after ram's START section, as a mapped-ram image has it."""
+
+    def guest(self) -> GuestFacts | None:
+        """The machine, as the QEMU that ran it described it, if that is known; may add a note."""
 
     def stored_bytes(self) -> int:
         """Bytes in pages not known to be zero: an estimate, for plans."""

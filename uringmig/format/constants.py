@@ -124,3 +124,5 @@ VMDESCRIPTION_BYTES_MAX: Final = 32 * MiB
 VMDESCRIPTION_OBJECTS_MAX: Final = 1 << 18
 #: Subsections within subsections; QEMU's own reach 3.
 SUBSECTION_DEPTH_MAX: Final = 16
+#: Memory in a guest's physical addresses: each DIMM and BAR is a range, and firmware cuts more.
+MAPPED_RANGES_MAX: Final = 1 << 16

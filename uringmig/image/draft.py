@@ -18,6 +18,7 @@ from uringmig.format.compose import compose_setup
 from uringmig.format.headers import Configuration
 from uringmig.format.layout import ImageLayout
 from uringmig.image import manifest
+from uringmig.image.guestfacts import GuestFacts
 from uringmig.image.manifest import (
     WRITER,
     ArchiveFields,
@@ -169,6 +170,7 @@ class ImageDraft:
         seconds: dict[str, float],
         notes: Sequence[str],
         archive: ArchiveFields | None = None,
+        guest: GuestFacts | None = None,
     ) -> Manifest:
         """Describe the durable image, for the manifest beside it.
 
@@ -179,8 +181,10 @@ class ImageDraft:
             seconds: where the time went; giving the file its name is still to come.
             notes: what the operator should know, one line each.
             archive: if the image is an entry of an archive.
+            guest: if the memory is that of a QEMU's guest.
         """
         return Manifest(
+            version=manifest.version_of(guest),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             writer=WRITER,
             machine=self._configuration.machine,
@@ -204,6 +208,7 @@ class ImageDraft:
             seconds=seconds,
             notes=list(notes),
             archive=msgspec.UNSET if archive is None else archive,
+            guest=msgspec.UNSET if guest is None else guest,
         )
 
     def _settle_empty(self, bitmaps: Sequence[NDArray[np.uint8]]) -> None:

@@ -11,6 +11,7 @@ import msgspec
 
 from uringmig.errors import FormatError
 from uringmig.image import digest
+from uringmig.image.guestfacts import GuestFacts, check_map
 from uringmig.options import WINDOW_BYTES
 from uringmig.units import MiB
 
@@ -18,7 +19,10 @@ SUFFIX: Final = ".manifest.json"
 WRITER: Final = "uringmig"
 FORMAT: Final = "uringmig-manifest"
 COLD_FORMAT: Final = "uringmig-cold-manifest"
-VERSION: Final = 1
+#: Of a manifest that has nothing but what the first programs knew.
+FIRST_VERSION: Final = 1
+#: Of one that has ``guest``, which they would refuse as a field that they do not know.
+VERSION: Final = 2
 #: 64 TiB of RAM give 16 Mi windows of 35 bytes: no honest manifest is larger.
 BYTES_MAX: Final = 600 * MiB
 
@@ -89,11 +93,12 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """The whole sidecar; sizes and offsets in bytes, times in seconds.
 
     ``base`` is where the image begins in its file; ``stream_digest`` covers every byte outside the
-    page areas; ``archive`` is there if the image is an entry of an archive.
+    page areas; ``archive`` is there if the image is an entry of an archive, and ``guest`` if it was
+    saved from a running QEMU.
     """
 
     format: str = FORMAT
-    version: int = VERSION
+    version: int = FIRST_VERSION
     created: str
     writer: str
     machine: str
@@ -107,6 +112,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     seconds: dict[str, float]
     notes: list[str]
     archive: ArchiveFields | msgspec.UnsetType = msgspec.UNSET
+    guest: GuestFacts | msgspec.UnsetType = msgspec.UNSET
 
 
 class ColdManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -118,10 +124,11 @@ class ColdManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         level: of the compression.
         frames: in the image; a window without data has none.
         frame_bytes: of all frames, compressed.
+        guest: the machine, if the memory came from a running QEMU.
     """
 
     format: str = COLD_FORMAT
-    version: int = VERSION
+    version: int = FIRST_VERSION
     created: str
     writer: str
     machine: str
@@ -136,11 +143,24 @@ class ColdManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     seconds: dict[str, float]
     notes: list[str]
     archive: ArchiveFields
+    guest: GuestFacts | msgspec.UnsetType = msgspec.UNSET
+
+
+class _Kind(msgspec.Struct, frozen=True, kw_only=True):
+    """What must be looked at first: all else means what it does in this format and version."""
+
+    format: str = ""
+    version: int = FIRST_VERSION
 
 
 ArchiveManifest = Manifest | ColdManifest
 _Struct = TypeVar("_Struct", bound=msgspec.Struct)
 _Manifest = TypeVar("_Manifest", Manifest, ColdManifest)
+
+
+def version_of(guest: GuestFacts | None) -> int:
+    """The oldest version that a manifest with these can have: old programs read what they can."""
+    return FIRST_VERSION if guest is None else VERSION
 
 
 def encode(manifest: ArchiveManifest) -> bytes:
@@ -152,18 +172,26 @@ def decode(data: bytes) -> Manifest:
     """Read the manifest of a mapped-ram image.
 
     Raises:
-        FormatError: it is not JSON, lacks a field, or is of another format, version or digest.
+        FormatError: it is not JSON, lacks a field, or is of another format, digest or newer
+            version; or its map of the guest's memory does not fit its blocks.
     """
-    return _checked(_structure(data, Manifest), FORMAT)
+    said = _checked(data, Manifest, FORMAT)
+    if said.guest and said.guest.memory_map is not None:
+        lengths = {block.idstr: block.used_length for block in said.blocks}
+        check_map(said.guest.memory_map, lengths)
+    return said
 
 
 def decode_cold(data: bytes) -> ColdManifest:
     """Read the manifest of a cold image.
 
     Raises:
-        FormatError: as for `decode`.
+        FormatError: as for `decode`; its blocks are in the image's own index.
     """
-    return _checked(_structure(data, ColdManifest), COLD_FORMAT)
+    said = _checked(data, ColdManifest, COLD_FORMAT)
+    if said.guest and said.guest.memory_map is not None:
+        check_map(said.guest.memory_map, None)
+    return said
 
 
 def _structure(data: bytes, kind: type[_Struct]) -> _Struct:
@@ -174,15 +202,23 @@ def _structure(data: bytes, kind: type[_Struct]) -> _Struct:
         raise FormatError(f"manifest: {error}") from None
 
 
-def _checked(manifest: _Manifest, format_name: str) -> _Manifest:
-    """Check what has only one value."""
-    for name, expected in (
-        ("format", format_name),
-        ("version", VERSION),
+def _checked(data: bytes, kind: type[_Manifest], format_name: str) -> _Manifest:
+    """Decode a manifest, and check what has only few values."""
+    first = _structure(data, _Kind)
+    if first.format != format_name:
+        raise FormatError("manifest format", expected=format_name, found=first.format)
+    if not FIRST_VERSION <= first.version <= VERSION:
+        expected = f"{FIRST_VERSION} to {VERSION}"
+        raise FormatError("manifest version", expected=expected, found=first.version)
+    manifest = _structure(data, kind)
+    oldest = version_of(manifest.guest or None)
+    if manifest.version < oldest:
+        raise FormatError("manifest version", expected=oldest, found=manifest.version)
+    for name, expected_value in (
         ("digest", digest.ALGORITHM),
         ("digest_bytes", WINDOW_BYTES),
     ):
         found = getattr(manifest, name)
-        if found != expected:
-            raise FormatError(f"manifest {name}", expected=expected, found=found)
+        if found != expected_value:
+            raise FormatError(f"manifest {name}", expected=expected_value, found=found)
     return manifest

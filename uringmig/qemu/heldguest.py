@@ -14,6 +14,7 @@ from uringmig.contents.devicestream import DeviceStream
 from uringmig.contents.memoryfiles import MemoryContents
 from uringmig.contents.source import Row, WindowRead
 from uringmig.memory.source import MemorySource
+from uringmig.qemu.guestfacts import describe_guest
 from uringmig.qemu.monitor import Monitor
 from uringmig.qemu.receiving import receive
 from uringmig.qemu.sharedram import (
@@ -47,7 +48,8 @@ class HeldContents(MemoryContents):
     def __init__(
         self, monitor: Monitor, stream: DeviceStream, memories: dict[str, MemorySource]
     ) -> None:
-        super().__init__(monitor.path, stream, memories)
+        facts, notes = describe_guest(monitor)
+        super().__init__(monitor.path, stream, memories, notes=notes, facts=facts)
         self._monitor = monitor
 
     def windows(self, rows: Sequence[Row]) -> Iterator[WindowRead]:

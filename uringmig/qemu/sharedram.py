@@ -27,6 +27,7 @@ from uringmig.memory.source import MemorySource
 from uringmig.options import WriteOptions
 from uringmig.progress import ProgressCallback
 from uringmig.qemu.backing import open_backing
+from uringmig.qemu.guestfacts import describe_guest
 from uringmig.qemu.monitor import Monitor, growing_pauses
 from uringmig.qemu.qmp import CommandError
 from uringmig.qemu.receiving import receive
@@ -115,7 +116,7 @@ def save_shared(
             monitor.saved_settings(),
             migrating(monitor) as connection,
         ):
-            image, stream = _save(monitor, connection, out, memories, options, progress)
+            image, stream = _save(monitor, connection, out, memories, options, progress, unproved)
             image = replace(image, notes=(*image.notes, *unproved))
             notes += let_go(monitor, connection, keep=then is None)
             let_go_at = time.monotonic()
@@ -245,8 +246,9 @@ def _save(
     memories: dict[str, MemorySource],
     options: WriteOptions,
     progress: ProgressCallback | None,
+    notes: list[str],
 ) -> tuple[SaveResult, DeviceStream]:
-    """Receive the device state, then write memory and all into one image."""
+    """Receive the device state, then write memory and all into one image; notes are added to."""
     started = time.monotonic()
     with ExitStack() as stack:
         writers: list[MappedRamWriter] = []
@@ -273,8 +275,12 @@ def _save(
         received = time.monotonic() - started
         writer = writers[0]
         writer.write_all()
+        guest = None
+        if options.manifest:
+            guest, unknown = describe_guest(monitor)
+            notes += unknown
         check_still_ours(monitor)
-        image = writer.finish(stream.device_state())
+        image = writer.finish(stream.device_state(), guest=guest)
     return replace(image, time=replace(image.time, receive=received)), stream
 
 

@@ -1,0 +1,99 @@
+"""What a manifest says of the machine that was saved, and where its memory lay.  Pure.
+
+Nothing is restored from it. It is for whoever takes the memory out of the image to look into it: an
+image knows blocks, and a tool of forensics asks for physical addresses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated
+
+import msgspec
+
+from uringmig.errors import FormatError
+from uringmig.format.constants import MAPPED_RANGES_MAX
+
+#: A word of QEMU's, as long as any of them may be.
+Word = Annotated[str, msgspec.Meta(max_length=255)]
+#: A guest-physical address, or bytes.
+Bytes = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 31) - 1)]
+
+
+class MapRange(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Guest-physical addresses behind which memory lies; in bytes.
+
+    Attributes:
+        start: the first address.
+        length: not zero.
+        block: idstr of the ramblock that is there; None is memory that is not in the image, as a
+            device's own.
+        offset: of ``start`` in that block.
+        read_only: the guest's writes do not reach it, as in a ROM.
+        region: QEMU's name of the memory.
+    """
+
+    start: Bytes
+    length: Annotated[int, msgspec.Meta(ge=1, le=(1 << 63) - 1)]
+    block: Word | None
+    offset: Bytes
+    read_only: bool
+    region: Word
+
+
+class GuestFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The machine as QEMU described it while the guest stood still; None is what it did not say.
+
+    Attributes:
+        qemu_version: for example ``10.0.2``.
+        qemu_package: the distribution's name of it.
+        machine: machine type.
+        target: architecture of the guest, for example ``x86_64``.
+        cpu_type: QOM type of the first processor.
+        cpu_count: processors, those that were plugged in later too.
+        kvm: KVM ran the guest.
+        name: of the virtual machine, QEMU's ``-name``.
+        uuid: of the virtual machine, QEMU's ``-uuid``.
+        memory_map: where its memory lay, ascending and without overlap.
+    """
+
+    qemu_version: Word
+    qemu_package: Word | None
+    machine: Word | None
+    target: Word | None
+    cpu_type: Word | None
+    cpu_count: Count | None
+    kvm: bool | None
+    name: Word | None
+    uuid: Word | None
+    memory_map: Annotated[list[MapRange], msgspec.Meta(max_length=MAPPED_RANGES_MAX)] | None
+
+
+def check_map(ranges: Sequence[MapRange], lengths: Mapping[str, int] | None) -> None:
+    """Check that ranges are in order, and lie in the blocks that they name.
+
+    Args:
+        ranges: of a machine.
+        lengths: used length of every block by idstr; None: they are not known here.
+
+    Raises:
+        FormatError: names the first range that breaks a rule.
+    """
+    end = 0
+    for one in ranges:
+        place = f"memory map at guest address {one.start:#x}"
+        if one.start < end:
+            raise FormatError(f"{place} begins in the range before it")
+        end = one.start + one.length
+        if one.block is None or lengths is None:
+            continue
+        if one.block not in lengths:
+            raise FormatError(f"{place}: no such block", found=one.block)
+        if one.offset + one.length > lengths[one.block]:
+            raise FormatError(
+                f"{place} ends past its block",
+                block=one.block,
+                expected=lengths[one.block],
+                found=one.offset + one.length,
+            )
