@@ -28,6 +28,16 @@ def pytest_configure() -> None:
             signal.signal(number, handler)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep a module's tests in one process, and all that change the pool of huge pages.
+
+    The first for its fixtures; the pool is the machine's, and there is one of it.
+    """
+    for item in items:
+        group = "hugetlb" if "hugetlb" in item.path.name else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item,
