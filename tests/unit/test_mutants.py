@@ -6,8 +6,7 @@ import ast
 import shlex
 
 import pytest
-
-from ci.mutants import ROOT, Mutation, read_mutations
+from mutants import ROOT, Mutation, read_mutations
 
 MUTATIONS = read_mutations(ROOT / "ci" / "mutants.toml")
 
