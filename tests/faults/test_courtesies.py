@@ -16,12 +16,14 @@ from typing import Any
 
 import pytest
 from archiveentries import add_entry
-from batchjobs import check_archive, job, make_image, run_jobs, write_jobs
+from batchjobs import check_archive, job, job_ends, make_image, run_jobs, write_jobs
 from loopdisk import needs, run
 from smallguests import OPTIONS, check_image, copy_of, left_in, make_guest, ramblocks_of
+from strikes import refused as calls_refused
 
 from uringmig import MappedRamWriter, SaveResult, verify
-from uringmig.archive.directory import Archive
+from uringmig.archive.damagenotes import Damage
+from uringmig.archive.directory import Archive, reindex
 from uringmig.archive.restoring import OutputFormat, restore_file
 from uringmig.errors import StorageError
 from uringmig.storage.publication import Publication
@@ -138,6 +140,47 @@ def test_without_locks_only_a_fresh_file_is_written(
     with pytest.raises(StorageError, match="remove it if no save is running"):
         Publication(tmp_path / "vm", sidecar=".json")
     assert (tmp_path / "vm.partial").read_bytes() == b"somebody's"
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL])
+def test_without_locks_an_archive_is_written_and_nothing_is_cleared_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Entries, notes of damage and removals are kept; what another may be writing is left alone."""
+    monkeypatch.setattr(fcntl, "flock", refused(number))
+    left = ["x.mig.journal", "x.mig.partial", "y.mig.manifest.json.partial", "y.mig.partial"]
+    with Archive.open(tmp_path / "archive", write=True) as archive:
+        add_entry(archive, "web")
+        add_entry(archive, "old")
+        for name in left:
+            (archive.path / name).write_bytes(b"another's")
+    with Archive.open(tmp_path / "archive", write=True) as archive:
+        assert ["has no locks" in note for note in archive.notes] == [True]
+        archive.remove("old")
+        damage = Damage(0, "it is so", "2026-01-01T00:00:00+00:00")
+        archive.note_checked(archive.find("web"), cursor=0, verified_at=None, damaged=[damage])
+        assert archive.unkept == ""
+    with Archive.open(tmp_path / "archive", write=False) as archive:
+        assert [entry.name for entry in archive.entries()] == ["web"]
+        assert archive.damage("web") == [damage]
+        assert not archive.notes
+    assert {name for name in left_in(tmp_path / "archive") if "partial" in name} == set(left[1:])
+    assert reindex(tmp_path / "archive").entries == 1
+
+
+def test_a_run_without_locks_is_done_with_a_warning(tmp_path: Path) -> None:
+    """It says so once, and does not take another's interrupted copy for leftovers of its own."""
+    make_image(tmp_path / "vm.mig")
+    path = write_jobs(tmp_path, job("web", "image = 'vm.mig'"))
+    Archive.open(tmp_path / "archive", write=True).close()
+    for name in ("x.mig.partial", "x.mig.journal"):
+        (tmp_path / "archive" / name).write_bytes(b"another's")
+    ended = calls_refused(tmp_path, "flock", "ENOLCK", "archive", "run", path, "--json", only=())
+    assert ended.code == 1
+    assert ended.err.count("warning: ") == 1
+    assert "has no locks (ENOLCK): let no second process" in ended.err
+    assert job_ends(ended)["web"]["stage"] == "done"
+    assert (tmp_path / "archive" / "x.mig.partial").read_bytes() == b"another's"
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS])

@@ -7,7 +7,6 @@ its entry is, so that an entry of which nothing else is left is still known to b
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from uringmig.archive.entry import Entry, entry_of, read_manifest
 from uringmig.archive.folder import sync_folder
 from uringmig.archive.record import record_of
 from uringmig.errors import FormatError, LimitError, StorageError
+from uringmig.storage.filelock import take_lock
 from uringmig.storage.publication import PARTIAL
 
 SUFFIX: Final = ".damage.json"
@@ -110,7 +110,8 @@ def write_note(entry: Entry, damage: Iterable[Damage]) -> None:
         fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, _MODE)
         with open(fd, "wb") as file:  # noqa: PTH123 - a descriptor
             # Against whoever clears what killed writers left, and another that notes just now.
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Without locks nobody clears anything, and a note that two have garbled is damage too.
+            take_lock(fd)
             try:
                 file.truncate(0)
                 file.write(msgspec.json.format(msgspec.json.encode(said), indent=1))

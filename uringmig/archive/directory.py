@@ -1,10 +1,11 @@
 """An archive: a folder whose entries appear whole or not at all.
 
-One writer at a time, by flock(2) on ``.lock``; readers neither wait nor are waited for. What is
-true is what lies on the disk: an image under its name with its manifest is an entry. The catalogue
-follows and can be had again from the files; where a writer was killed in between, the next one puts
-it right when it opens the archive. What is known against an entry lies in a note beside its image,
-and an entry that is known stays one, damaged or missing, until somebody removes it.
+One writer at a time, by flock(2) on ``.lock`` (`storage.filelock`); readers neither wait nor are
+waited for. What is true is what lies on the disk: an image under its name with its manifest is an
+entry. The catalogue follows and can be had again from the files; where a writer was killed in
+between, the next one puts it right when it opens the archive. What is known against an entry lies
+in a note beside its image, and an entry that is known stays one, damaged or missing, until somebody
+removes it.
 
 An entry is added by its files first and its row last, and removed as `archive.removing` says.
 """
@@ -75,6 +76,8 @@ class Archive:
         healed: what a killed writer had left, when open for writing.
         notes: what is wrong with the archive, one line each.
         catalogue_note: why entries are read from their manifests instead; empty: they are not.
+        may_be_shared: it is open for writing, and nobody can tell whether another process writes
+            it too: its file system has no locks.
         unkept: why something that verification found could not be kept; empty: all was.
     """
 
@@ -84,6 +87,7 @@ class Archive:
         self.notes: list[str] = []
         self.catalogue_note = ""
         self.unkept = ""
+        self.may_be_shared = False
         self.catalogue = Catalogue(path)
         self._salvaged: Known | None = None
         self._lock = lock
@@ -107,7 +111,10 @@ class Archive:
             check_folder(folder)
             return cls(folder, None)
         make_folder(folder)
-        archive = cls(folder, lock_folder(folder))
+        lock, warning = lock_folder(folder)
+        archive = cls(folder, lock)
+        archive.may_be_shared = warning is not None
+        archive._warn([warning] if warning else [])
         try:
             archive.heal()
         except BaseException:
@@ -416,7 +423,7 @@ def reindex(path: str | os.PathLike[str]) -> ReindexReport:
     """
     folder = Path(path).absolute()
     check_folder(folder)
-    lock = lock_folder(folder)
+    lock, warning = lock_folder(folder)
     try:
         healed = heal(folder, Catalogue(folder), anew=True)
     finally:
@@ -424,7 +431,7 @@ def reindex(path: str | os.PathLike[str]) -> ReindexReport:
     return ReindexReport(
         str(folder),
         healed.known,
-        (*healed.problems, *healed.troubled),
+        (*([warning] if warning else []), *healed.problems, *healed.troubled),
         healed.kept_verification,
         healed.set_aside,
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from uringmig.archive.entry import split_image_name
 from uringmig.errors import StateError, StorageError
 from uringmig.image.manifest import SUFFIX as MANIFEST_SUFFIX
 from uringmig.storage import folder as storage_folder
+from uringmig.storage.filelock import take_lock
 
 _LOCK: Final = ".lock"
 #: Guest memory is nobody else's business, as for the images themselves.
@@ -125,8 +125,11 @@ def sync_folder(folder: Path) -> None:
         raise StorageError("cannot sync the folder", errno=error.errno, path=folder) from None
 
 
-def lock_folder(folder: Path) -> int:
+def lock_folder(folder: Path) -> tuple[int, str | None]:
     """Take the writer's lock; the descriptor that is returned holds it.
+
+    Returns:
+        The descriptor; and, where the file system has no locks, a warning, else None.
 
     Raises:
         StorageError: another process holds it, or it cannot be had.
@@ -137,7 +140,7 @@ def lock_folder(folder: Path) -> int:
     except OSError as error:
         raise StorageError("cannot lock the archive", errno=error.errno, path=path) from None
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        trouble = take_lock(fd)
     except OSError as error:
         holder = b""
         with contextlib.suppress(OSError):
@@ -153,7 +156,9 @@ def lock_folder(folder: Path) -> int:
     with contextlib.suppress(OSError):
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-    return fd
+    if trouble is None:
+        return fd, None
+    return fd, f"{folder}: {trouble}: let no second process write the archive meanwhile"
 
 
 @contextlib.contextmanager
@@ -171,11 +176,11 @@ def unwritten(path: Path, *, missing: bool = False) -> Iterator[bool]:
         yield False
         return
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # taken; or there are no locks here, and nobody can tell
-        yield False
-    else:
-        yield True
+        free = take_lock(fd) is None  # without locks nobody can tell
+    except OSError:
+        free = False
+    try:
+        yield free
     finally:
         os.close(fd)
 

@@ -117,6 +117,8 @@ class Ledger:
             with contextlib.suppress(StateError):
                 places.add(self._place(*names).image)
         for archive in self._archives.values():
+            if archive.may_be_shared:
+                continue  # they may be another run's, at work
             for place in archive.unfinished():
                 if place.image not in places:
                     try:

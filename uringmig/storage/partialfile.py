@@ -2,23 +2,21 @@
 
 It is locked with flock(2) while its writer lives, so a second writer is refused and what a killed
 one left is taken over. Modes and locks are courtesies of the file system: where it has none the
-file is written all the same, and a note says what that means.
+file is written all the same, and a note says what that means (see `storage.filelock`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import stat
 from typing import Final
 
 from uringmig.errors import StorageError
+from uringmig.storage.filelock import take_lock
 from uringmig.storage.nameless import owner_of_new_files
 
-#: What flock(2) answers where there are no locks, as on some network file systems.
-_NO_LOCKS: Final = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
 _OTHERS: Final = stat.S_IRWXG | stat.S_IRWXO
 
 
@@ -81,7 +79,7 @@ def is_written(path: str) -> bool:
     except OSError:
         return False
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        take_lock(fd)
     except BlockingIOError:
         return True
     except OSError:
@@ -112,24 +110,24 @@ def _open(path: str, mode: int) -> tuple[int, bool]:
 def _lock(fd: int, path: str, created: bool) -> str | None:
     """Lock the file, or say why it must do without."""
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        trouble = take_lock(fd)
     except BlockingIOError as error:
         raise StorageError(
             "another save is writing this file", errno=error.errno, path=path
         ) from None
     except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise StorageError("cannot lock", errno=error.errno, path=path) from None
-        if not created:
-            # Its writer may live: only who made the file just now knows that he is alone.
-            raise StorageError(
-                "another save is writing this file or left it, and this file system has no locks "
-                "to tell",
-                path=path,
-                cure="remove it if no save is running",
-            ) from None
-        return f"{path}: this file system has no locks ({errno.errorcode[error.errno]})"
-    return None
+        raise StorageError("cannot lock", errno=error.errno, path=path) from None
+    if trouble is None:
+        return None
+    if not created:
+        # Its writer may live: only who made the file just now knows that he is alone.
+        raise StorageError(
+            "another save is writing this file or left it, and this file system has no locks to "
+            "tell",
+            path=path,
+            cure="remove it if no save is running",
+        )
+    return f"{path}: {trouble}"
 
 
 def _check_ours(fd: int, path: str) -> None:
