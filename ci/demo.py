@@ -19,7 +19,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from uringmig import MappedRamReader, MappedRamWriter, RamBlock, verify
+from uringmig import MappedRamReader, MappedRamWriter, RamBlock, stdio, verify
 from uringmig.options import PAGE_SIZE
 from uringmig.testing.guestimage import GuestImage, build_guest
 from uringmig.testing.guests import fill_guest
@@ -236,4 +236,6 @@ def synthetic(folder: Path, *, memory_bytes: int) -> int:
 
 
 if __name__ == "__main__":
+    # Whoever reads along may leave (`| head`); it goes on, and ends its guests.
+    stdio.prepare()
     sys.exit(main())

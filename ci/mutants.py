@@ -17,6 +17,8 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
+from uringmig import stdio
+
 ROOT = Path(__file__).parents[1]
 #: What tests need of the tree.
 COPIED = ("uringmig", "tests", "perf", "ci", "pyproject.toml", "README.md")
@@ -131,4 +133,6 @@ def main(names: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    # Whoever reads along may leave (`| head`); it goes on, and removes its copy at the end.
+    stdio.prepare()
     raise SystemExit(main(sys.argv[1:]))

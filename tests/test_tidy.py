@@ -303,15 +303,20 @@ def test_the_rooms_and_arrows_are_told(capsys: pytest.CaptureFixture[str]) -> No
     assert re.search(r", 0 up: none\n$", told)
 
 
-def test_the_table_ends_quietly_when_its_reader_has_seen_enough() -> None:
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [(["ci/arrows"], -signal.SIGPIPE), (["ci/mutants", "no-such-mutation"], 0)],
+    ids=["arrows", "mutants"],
+)
+def test_programs_end_quietly_when_their_reader_has_seen_enough(
+    command: list[str], code: int
+) -> None:
     """``ci/arrows | head``: no traceback, as with any other program."""
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run(
-        [ROOT / "ci" / "arrows"], stdout=writer, stderr=subprocess.PIPE, check=False
-    )
+    done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, check=False)
     os.close(writer)
-    assert (done.returncode, done.stderr) == (-signal.SIGPIPE, b"")
+    assert (done.returncode, done.stderr) == (code, b"")
 
 
 def test_an_arrow_up_is_seen() -> None:
