@@ -49,7 +49,7 @@ ARROWS: Final[dict[str, tuple[str, ...]]] = {
         "archive", "batch", "bench", "format.constants", "image", "pages", "progress", "qemu",
         "reader", "signals", "stdio", "storage", "verify", "version",
     ),
-    "": ("format", "memory", "progress", "reader", "result", "verify", "writer"),
+    "": ("format", "memory", "progress", "qemu", "reader", "result", "verify", "writer"),
     "batch": (
         "archive", "bench.depth", "bench.profile", "contents", "progress", "qemu", "signals",
         "starting", "storage", "verify",
@@ -78,6 +78,7 @@ ARROWS: Final[dict[str, tuple[str, ...]]] = {
         "result", "signals", "storage", "writer",
     ),
     "qemu.address": (),
+    "qemu.guardprocess": (),
     "qemu.monitor": ("qemu.address", "qemu.qmp", "signals"),
     "qemu.qmp": ("signals",),
     "contents": (

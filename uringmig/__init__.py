@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from uringmig.memory.mapping import FileMemory
     from uringmig.options import ReadOptions, WriteOptions
     from uringmig.progress import Snapshot, TimeAccount
+    from uringmig.qemu.saving import save_vm
+    from uringmig.qemu.vmsave import VmSave
     from uringmig.reader import BlockInfo, MappedRamReader
     from uringmig.result import SaveResult
     from uringmig.verify import VerifyReport, verify
@@ -52,7 +54,9 @@ __all__ = [
     "TimeAccount",
     "UringmigError",
     "VerifyReport",
+    "VmSave",
     "WriteOptions",
+    "save_vm",
     "verify",
 ]
 
@@ -77,7 +81,9 @@ _MODULE_OF: Final = {
     "TimeAccount": "uringmig.progress",
     "UringmigError": "uringmig.errors",
     "VerifyReport": "uringmig.verify",
+    "VmSave": "uringmig.qemu.vmsave",
     "WriteOptions": "uringmig.options",
+    "save_vm": "uringmig.qemu.saving",
     "verify": "uringmig.verify",
 }
 

@@ -85,7 +85,8 @@ def test_a_guest_saved_and_loaded_remembers_and_goes_on(
         ([], False, "running"),
         ([], True, "paused"),
         (["--then", "cont"], True, "running"),
-        (["--then", "leave"], False, "postmigrate"),
+        (["--then", "leave"], False, "paused"),
+        (["--then", "leave", "--how", "migrate"], False, "postmigrate"),
     ],
 )
 def test_the_guest_is_left_as_asked(
@@ -150,9 +151,11 @@ def test_a_signal_leaves_no_file_and_the_guest_as_it_was(
     assert settings(busy.monitor) == before
 
 
-def test_private_ram_is_4(start_machine: StartMachine, tmp_path: Path) -> None:
+def test_private_ram_by_migration_is_4(start_machine: StartMachine, tmp_path: Path) -> None:
     machine = start_machine(memory_bytes=SMALL_BYTES)
-    done = uringmig("save", "--qmp", machine.qmp_path, tmp_path / "o.mig", "--json")
+    done = uringmig(
+        *["save", "--qmp", machine.qmp_path, tmp_path / "o.mig", "--json", "--how", "migrate"]
+    )
     assert done.code == 4
     assert "share" in done.err
     assert done.err.count("\n") == 1

@@ -19,7 +19,8 @@ from uringmig.progress import Snapshot
 from uringmig.qemu import sharedram
 from uringmig.qemu.monitor import Monitor
 from uringmig.qemu.restore import load_into
-from uringmig.qemu.sharedram import Then, save_shared
+from uringmig.qemu.sharedram import save_shared
+from uringmig.qemu.vmsave import Then
 from uringmig.testing.guestimage import GuestImage
 from uringmig.testing.machine import Machine
 from uringmig.units import MiB

@@ -102,7 +102,7 @@ def test_a_save_that_fails_struck_at_each_command(
     arguments = ("save", "--qmp", machine.qmp_path, full_folder / "vm.mig")
     ends = []
     for struck in sweep(
-        tmp_path, "sendto", *arguments, every=3, undisturbed=StorageError.exit_code
+        tmp_path, "sendto", *arguments, every=2, undisturbed=StorageError.exit_code
     ):
         assert struck.stopped or struck.code == StorageError.exit_code
         assert left_in(full_folder) == []

@@ -17,13 +17,16 @@ class Standing:
     def __init__(self, state: str) -> None:
         self._state = state
 
+    def descriptors(self) -> list[tuple[int, str, int]]:
+        return []
+
     def run_state(self) -> str:
         return self._state
 
 
 @pytest.mark.parametrize(
     ("state", "passes"),
-    [("finish-migrate", True), ("inmigrate", True), ("postmigrate", False), ("io-error", False)],
+    [("finish-migrate", True), ("inmigrate", True), ("postmigrate", False), ("colo", False)],
 )
 def test_a_state_that_passes_may_be_waited_for(state: str, passes: bool) -> None:
     with (

@@ -1,4 +1,4 @@
-"""``uringmig save``: a VM whose RAM is shared files, to one image."""
+"""``uringmig save``: a VM to one image."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from uringmig.qemu.monitor import Monitor
 from uringmig.units import format_size
 
 if TYPE_CHECKING:
-    from uringmig.qemu.sharedram import SharedSave
+    from uringmig.qemu.vmsave import VmSave
 
 
 @command(
@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     click.Option(
         ["--then"], type=click.Choice(["cont", "quit", "leave"]), show_default="as it was found",
         help="Afterwards let the guest run, quit QEMU, or leave the guest stopped.",
+    ),
+    click.Option(
+        ["--how"], type=click.Choice(["auto", "outside", "migrate"]), default="auto",
+        help="Read the VM's memory from outside, or have QEMU migrate and leave shared RAM out; "
+        "auto takes the second where QEMU's process cannot be read.",
     ),
     *parameters.transfer(),
     click.Option(
@@ -40,12 +45,13 @@ def save(
     qmp: Path,
     out: Path,
     then: Literal["cont", "quit", "leave"] | None,
+    how: Literal["auto", "outside", "migrate"],
     options: WriteOptions,
     manifest: bool,
     profile: bool,
     profile_file: Path | None,
 ) -> int:
-    """Save a VM whose RAM is shared memory files (memory-backend-file,share=on)."""
+    """Save a VM of this host, whatever its RAM; it goes on as it was found."""
     output = session.output
     options = replace(options, manifest=manifest)
     if profile or profile_file is not None:
@@ -55,9 +61,9 @@ def save(
     with Monitor(qmp) as monitor:
         # Only now: the writer and numpy take longer to load than a QEMU that is not there, or is
         # busy, should have us wait.
-        from uringmig.qemu.sharedram import save_shared
+        from uringmig.qemu.saving import save_vm
 
-        done = save_shared(monitor, out, options=options, then=then, progress=session.progress)
+        done = save_vm(monitor, out, how=how, then=then, options=options, progress=session.progress)
     for note in done.notes:
         # A fallback that the options allow is a note; what else went amiss is a warning.
         (output.note if note in done.image.notes else output.warn)(note)
@@ -65,7 +71,7 @@ def save(
     return output.exit_code
 
 
-def _lines(done: SharedSave, *, depth: int, verbose: bool) -> list[str]:
+def _lines(done: VmSave, *, depth: int, verbose: bool) -> list[str]:
     """What a person wants to know of a save."""
     image, time = done.image, done.image.time
     rate = image.written_bytes / time.elapsed / 1e6
@@ -85,7 +91,8 @@ def _lines(done: SharedSave, *, depth: int, verbose: bool) -> list[str]:
             f"seconds: scan {time.scan:.2f}, digest {time.digest:.2f}, submit {time.submit:.2f}, "
             f"wait {time.wait:.2f}, receive {time.receive:.2f}, sync {time.sync:.2f}, "
             f"publish {time.publish:.2f}, cpu of channels {time.channel_cpu:.2f}",
-            f"blocks from shared memory: {', '.join(done.blocks_mapped)}",
+            f"blocks from shared memory: {', '.join(done.blocks_mapped) or 'none'}; "
+            f"copied ({done.how}): {', '.join(done.blocks_copied) or 'none'}",
             f"manifest {image.manifest_path or 'none'}",
         ]
     return lines

@@ -23,8 +23,8 @@ from uringmig.qemu.sharedram import (
     let_go,
     mapped_memories,
     migrating,
-    state_to_save,
 )
+from uringmig.qemu.vmsave import state_to_save
 
 
 @dataclass(slots=True)
@@ -76,7 +76,7 @@ def hold_guest(monitor: Monitor) -> Iterator[HeldGuest]:
         PeerError: as for `save_shared`; on leaving, QEMU did not take the guest back in time.
         FormatError: QEMU's stream breaks a rule.
     """
-    before = state_to_save(monitor)
+    before, healed = state_to_save(monitor)
     unproved: list[str] = []
     with (
         mapped_memories(monitor, unproved) as memories,
@@ -88,7 +88,7 @@ def hold_guest(monitor: Monitor) -> Iterator[HeldGuest]:
         held = HeldGuest(HeldContents(monitor, stream, memories))
         held.contents.notes += tuple(unproved)
         yield held
-        held.notes = tuple(let_go(monitor, connection, keep=True))
+        held.notes = (*healed, *let_go(monitor, connection, keep=True))
         let_go_at = time.monotonic()
     if before == "running" and stream.stopped_at is not None:
         held.stopped_seconds = let_go_at - stream.stopped_at

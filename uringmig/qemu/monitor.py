@@ -108,8 +108,8 @@ class Monitor:
 
     Attributes:
         path: the socket's path.
-        peer_pid: process id of the peer, from the kernel (SO_PEERCRED); 0 if it is in a process
-            id namespace that is not visible here.
+        peer_pid: process id of QEMU, from the kernel; 0 if it is in a process id namespace that is
+            not visible here.
         qemu_version: (major, minor, micro), from the greeting.
 
     Raises:
@@ -174,6 +174,37 @@ class Monitor:
         """
         self._connection.send_descriptor(fd)
         self.execute("getfd", fdname=name)
+
+    def add_descriptor(self, fd: int, opaque: str) -> int:
+        """Give QEMU a duplicate of ``fd``, to be opened as ``/dev/fdset/N``; QEMU keeps ``opaque``.
+
+        Returns:
+            N; the descriptor stays until `remove_descriptors`, also when we are gone.
+
+        Raises:
+            PeerError: QEMU did not take it.
+        """
+        self._connection.send_descriptor(fd)
+        return int(self.execute("add-fd", opaque=opaque)["fdset-id"])
+
+    def descriptors(self) -> list[tuple[int, str, int]]:
+        """The sets of descriptors that QEMU was given: N, opaque, and its number in QEMU's process.
+
+        Of a set of several descriptors only the first is told.
+        """
+        return [
+            (int(entry["fdset-id"]), str(entry["fds"][0].get("opaque", "")), entry["fds"][0]["fd"])
+            for entry in self.execute("query-fdsets")
+            if entry["fds"]
+        ]
+
+    def remove_descriptors(self, fdset: int) -> None:
+        """Have QEMU close what `add_descriptor` gave it."""
+        self.execute("remove-fd", **{"fdset-id": fdset})
+
+    def run_events(self) -> tuple[str, ...]:
+        """``STOP`` and ``RESUME`` as they came so far, whoever had the guest stop or go on."""
+        return tuple(self._connection.run_events)
 
     def run_state(self) -> str:
         """QEMU's word for the guest's state: ``running``, ``paused``, ``inmigrate``, ..."""

@@ -2,8 +2,9 @@
 
 Not the QEMU project's own client: that is built on asyncio, and the two take 50 ms of processor
 time to load, a third of what a save may take before QEMU hears of it. What is needed of the
-protocol is little: the greeting, commands that are answered by their id, descriptors. Events are
-passed over. QEMU: docs/interop/qmp-spec.rst.
+protocol is little: the greeting, commands that are answered by their id, descriptors. Of events
+only those are kept that tell that the guest was stopped or went on. QEMU:
+docs/interop/qmp-spec.rst.
 
 A command that was given up, by its time or by a signal, may be answered later: that answer has
 another id than is waited for, and is passed over too.
@@ -34,6 +35,10 @@ _MISTAKES: Final = {
     errno.EAGAIN: "other clients already wait for this QMP socket",
     errno.EACCES: "no permission to connect to this QMP socket",
 }
+#: QEMU: qapi/run-state.json, as the guest stops and goes on, whoever made it.
+_RUN_EVENTS: Final = frozenset({"STOP", "RESUME"})
+#: struct ucred, unix(7): process, user, group.
+_CREDENTIALS: Final = struct.Struct("=iII")
 #: A QEMU that is just being started listens in a moment; permission is not given in time.
 _PASSING: Final = frozenset({errno.ECONNREFUSED, errno.EAGAIN})
 
@@ -60,9 +65,11 @@ class QmpConnection:
         timeout_s: for connecting, the greeting and the negotiation, in seconds each.
 
     Attributes:
-        peer_pid: process id of whoever made the socket, from the kernel (SO_PEERCRED, unix(7)); 0
-            if it is in a process id namespace that is not visible here.
+        peer_pid: process id of QEMU, which the kernel put to its greeting (SCM_CREDENTIALS,
+            unix(7)); 0 if it is in a process id namespace that is not visible here. Not
+            SO_PEERCRED: that is who made the socket, which may be a manager that passed it on.
         greeting: what QEMU said first.
+        run_events: ``STOP`` and ``RESUME`` as they came, with the answers to commands.
 
     Raises:
         PeerError: no socket, nobody listens, not QMP, or no greeting in time.
@@ -72,9 +79,10 @@ class QmpConnection:
         self._path = path
         self._received = b""
         self._last_id = 0
+        self.run_events: list[str] = []
         self._socket = _connect(path, timeout_s=timeout_s)
         try:
-            self.peer_pid = _peer_pid(self._socket)
+            self.peer_pid = 0
             self.greeting = self._greet(timeout_s)
         except BaseException:
             self._socket.close()
@@ -116,6 +124,8 @@ class QmpConnection:
         """Take the greeting and leave the negotiation mode."""
         deadline = time.monotonic() + timeout_s
         try:
+            self._wait(select.POLLIN, deadline)
+            self.peer_pid = _writer_pid(self._socket)
             greeting = self._receive(deadline)
             if "QMP" not in greeting:
                 raise ValueError("it does not greet")
@@ -138,6 +148,8 @@ class QmpConnection:
         self._send(json.dumps(message).encode(), deadline)
         while True:
             answer = self._receive(deadline)
+            if answer.get("event") in _RUN_EVENTS:
+                self.run_events.append(str(answer["event"]))
             if answer.get("id", self._last_id) != self._last_id:
                 continue
             if isinstance(error := answer.get("error"), dict):
@@ -212,6 +224,7 @@ def _connect(path: str, *, timeout_s: float) -> socket.socket:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     # With a limit the socket is non-blocking underneath: a full backlog then is EAGAIN at once.
     connection.settimeout(timeout_s)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
     try:
         connection.connect(path)
     except OSError as error:
@@ -223,9 +236,11 @@ def _connect(path: str, *, timeout_s: float) -> socket.socket:
     return connection
 
 
-def _peer_pid(connection: socket.socket) -> int:
-    """The process that made the socket at the other end.  Linux: struct ucred, unix(7)."""
-    credentials = struct.Struct("=iII")
-    packed = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, credentials.size)
-    pid: int = credentials.unpack(packed)[0]
-    return pid
+def _writer_pid(connection: socket.socket) -> int:
+    """The process that wrote what comes next, which is left there; 0: it is not visible here."""
+    space = socket.CMSG_SPACE(_CREDENTIALS.size)
+    for level, kind, packed in connection.recvmsg(1, space, socket.MSG_PEEK)[1]:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS):
+            pid: int = _CREDENTIALS.unpack(packed[: _CREDENTIALS.size])[0]
+            return pid
+    return 0

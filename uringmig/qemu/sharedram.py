@@ -15,12 +15,12 @@ import struct
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from typing import Final, Literal
+from dataclasses import replace
+from typing import Final
 
 from uringmig import signals
 from uringmig.contents.devicestream import DeviceStream
-from uringmig.errors import BusyError, PeerError
+from uringmig.errors import PeerError
 from uringmig.format.constants import CAPABILITY_IGNORE_SHARED, CAPABILITY_MAPPED_RAM
 from uringmig.memory.mapping import FileMemory
 from uringmig.memory.source import MemorySource
@@ -31,16 +31,10 @@ from uringmig.qemu.guestfacts import describe_guest
 from uringmig.qemu.monitor import Monitor, growing_pauses
 from uringmig.qemu.qmp import CommandError
 from uringmig.qemu.receiving import receive
+from uringmig.qemu.vmsave import DONE_BUT, Then, VmSave, state_to_save
 from uringmig.result import SaveResult
 from uringmig.writer import MappedRamWriter, RamBlock
 
-#: What becomes of the guest after a save; None is "as it was found".
-Then = Literal["cont", "quit", "leave"]
-
-#: Run states from which QEMU migrates. From postmigrate it does not, until ``cont``.
-_SAVED_FROM: Final = frozenset({"running", "paused", "prelaunch", "suspended", "shutdown"})
-#: Run states that pass by themselves: a migration is ending (its saver was killed) or coming in.
-_PASSED_THROUGH: Final = frozenset({"finish-migrate", "inmigrate"})
 #: Capabilities that would change the stream or who may stop the guest; unknown ones are left out.
 _SWITCHED_OFF: Final = (
     CAPABILITY_MAPPED_RAM, "multifd", "postcopy-ram", "postcopy-preempt", "x-colo", "xbzrle",
@@ -48,33 +42,11 @@ _SWITCHED_OFF: Final = (
     "block", "zero-copy-send", "release-ram",
 )  # fmt: skip
 _DESCRIPTOR_NAME: Final = "uringmig"
-_DONE_BUT: Final = "the image is whole and durable, but:"
 #: QEMU: enum mig_rp_message_type, MIG_RP_MSG_SHUT; be16 type, be16 length, be32 value.
 _SHUT: Final = struct.Struct(">HHI")
 _MIG_RP_MSG_SHUT: Final = 1
 #: QEMU acts on SHUT at once; block devices may take long to become active again.
 _ENDING_SECONDS: Final = 60.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SharedSave:
-    """A VM saved by route B.
-
-    Attributes:
-        image: the published image.
-        blocks_mapped: idstrs of the blocks written from shared memory.
-        stopped_seconds: how long the guest stood still for it; 0.0 if it did not run before.
-        state_before: QEMU's run state when we came.
-        state_after: and when we left; None after ``quit``.
-        notes: what the operator should know, one line each.
-    """
-
-    image: SaveResult
-    blocks_mapped: tuple[str, ...]
-    stopped_seconds: float
-    state_before: str
-    state_after: str | None
-    notes: tuple[str, ...]
 
 
 def save_shared(
@@ -84,7 +56,7 @@ def save_shared(
     options: WriteOptions = WriteOptions(),  # noqa: B008 - frozen
     then: Then | None = None,
     progress: ProgressCallback | None = None,
-) -> SharedSave:
+) -> VmSave:
     """Save a running or stopped VM with shared RAM to one mapped-ram image.
 
     Args:
@@ -103,7 +75,7 @@ def save_shared(
         StorageError: the image cannot be written; the guest is as it was.
         HostError: io_uring is required and cannot be had.
     """
-    before = state_to_save(monitor)
+    before, healed = state_to_save(monitor)
     image: SaveResult | None = None
     stream: DeviceStream | None = None
     notes: list[str] = []
@@ -124,30 +96,21 @@ def save_shared(
     except PeerError as error:
         if image is None or stream is None:
             raise
-        notes.append(f"{_DONE_BUT} {error}")
+        notes.append(f"{DONE_BUT} {error}")
     notes += _go_on(monitor, then, handed_over=handed_over)
     stopped = 0.0
     if before == "running" and stream.stopped_at is not None:
         stopped = let_go_at - stream.stopped_at
-    return SharedSave(
+    return VmSave(
         image=image,
+        how="migrate",
         blocks_mapped=tuple(memories),
+        blocks_copied=tuple(stream.private),
         stopped_seconds=stopped,
         state_before=before,
         state_after=None if then == "quit" and handed_over else _state_after(monitor),
-        notes=(*image.notes, *notes),
+        notes=(*image.notes, *healed, *notes),
     )
-
-
-def state_to_save(monitor: Monitor) -> str:
-    """The guest's run state; refuse one from which it cannot be saved."""
-    before = monitor.run_state()
-    if before not in _SAVED_FROM:
-        kind = BusyError if before in _PASSED_THROUGH else PeerError
-        raise kind(f"the guest is in state {before!r}, from which QEMU cannot migrate")
-    if not monitor.migration().ended:
-        raise BusyError(f"QEMU is busy with a migration ({monitor.migration().status})")
-    return before
 
 
 @contextlib.contextmanager
@@ -342,7 +305,7 @@ def _go_on(monitor: Monitor, then: Then | None, *, handed_over: bool) -> list[st
         elif then == "quit":
             return ["QEMU was not quit: its guest may have gone on since the image was made"]
     except PeerError as error:
-        return [f"{_DONE_BUT} {error}"]
+        return [f"{DONE_BUT} {error}"]
     return []
 
 

@@ -40,11 +40,14 @@ class Machine:
         shared: file that is the RAM (shared), usually in /dev/shm; made, and removed on leaving.
             None: private RAM that QEMU allocates itself.
         keep_shared: ``shared`` is there already, is taken with its content, and stays.
+        backend: another memory backend: its ``-object`` without id and size; ``""`` is ``-m``
+            alone.
         guest: what to boot; None for a machine with nothing to run.
         fill_bytes: how much memory the guest fills.
         paused: start stopped (``-S``).
         incoming: wait for ``migrate-incoming`` (``-incoming defer``).
         arguments: more of QEMU's own, at the end of the command line.
+        pass_fds: descriptors that they name.
 
     Attributes:
         monitor: connected to it.
@@ -63,11 +66,13 @@ class Machine:
         memory_bytes: int = 128 * MiB,
         shared: Path | None = None,
         keep_shared: bool = False,
+        backend: str | None = None,
         guest: GuestImage | None = None,
         fill_bytes: int = 0,
         paused: bool = False,
         incoming: bool = False,
         arguments: Sequence[str] = (),
+        pass_fds: Sequence[int] = (),
     ) -> None:
         program = find_qemu()
         if program is None:
@@ -86,7 +91,7 @@ class Machine:
                 shared.touch(mode=0o600)
             command = [
                 program,
-                *_hardware(memory_bytes, shared),
+                *_hardware(memory_bytes, shared, backend),
                 *([] if guest is None else _boot(guest, fill_bytes)),
                 *(["-S"] if paused else []),
                 *(["-incoming", "defer"] if incoming else []),
@@ -97,7 +102,11 @@ class Machine:
             ]
             with self.log_path.open("wb") as log:
                 self.process = subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    pass_fds=pass_fds,
                 )
             undo.callback(self._end)
             self.console = Console(self._accept(listener), folder / "serial.log")
@@ -231,16 +240,19 @@ class Console:
         self._lines.clear()
 
 
-def _hardware(memory_bytes: int, shared: Path | None) -> list[str]:
+def _hardware(memory_bytes: int, shared: Path | None, backend: str | None) -> list[str]:
     """The machine itself, the same for a source and its destination."""
     accelerator = "kvm" if os.environ.get("URINGMIG_KVM") else "tcg"
-    if shared is None:
-        backend = f"memory-backend-ram,id=pc.ram,size={memory_bytes}"
-    else:
-        backend = f"memory-backend-file,id=pc.ram,size={memory_bytes},mem-path={shared},share=on"
+    memory = []
+    if backend is None:
+        backend = "memory-backend-ram"
+        if shared is not None:
+            backend = f"memory-backend-file,mem-path={shared},share=on"
+    if backend:
+        memory = ["-object", f"{backend},id=pc.ram,size={memory_bytes}"]
     return [
-        *["-accel", accelerator, "-machine", "q35,memory-backend=pc.ram"],
-        *["-m", f"{memory_bytes}B", "-object", backend],
+        *["-accel", accelerator, "-machine", "q35" + (",memory-backend=pc.ram" if memory else "")],
+        *["-m", f"{memory_bytes}B", *memory],
         *["-nodefaults", "-no-user-config", "-display", "none"],
     ]
 

@@ -1,0 +1,72 @@
+"""A save of a VM, whichever way: what it is asked for, what it found, and what came of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from uringmig.errors import BusyError, PeerError
+from uringmig.qemu.guardian import heal
+from uringmig.qemu.monitor import Monitor
+from uringmig.result import SaveResult
+
+#: What becomes of the guest after a save; None is "as it was found".
+Then = Literal["cont", "quit", "leave"]
+#: The way its memory is reached: read from outside, or held by a migration that leaves it out.
+Way = Literal["outside", "migrate"]
+
+#: Run states from which QEMU migrates. From postmigrate it does not, until ``cont``.
+_SAVED_FROM: Final = frozenset(
+    {
+        "running", "paused", "prelaunch", "suspended", "shutdown", "guest-panicked", "io-error",
+        "internal-error", "watchdog",
+    }
+)  # fmt: skip
+#: Run states that pass by themselves: a migration is ending (its saver was killed) or coming in.
+_PASSED_THROUGH: Final = frozenset({"finish-migrate", "inmigrate"})
+#: Begins a note about what went wrong when nothing can go wrong with the image any more.
+DONE_BUT: Final = "the image is whole and durable, but:"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VmSave:
+    """A VM that was saved.
+
+    Attributes:
+        image: the published image.
+        how: the way that was taken.
+        blocks_mapped: idstrs of the blocks written from shared memory.
+        blocks_copied: idstrs of those that were read from QEMU's process, or came by its stream.
+        stopped_seconds: how long the guest stood still for it; 0.0 if it did not run before.
+        state_before: QEMU's run state when we came.
+        state_after: and when we left; None after ``quit``.
+        notes: what the operator should know, one line each.
+    """
+
+    image: SaveResult
+    how: Way
+    blocks_mapped: tuple[str, ...]
+    blocks_copied: tuple[str, ...]
+    stopped_seconds: float
+    state_before: str
+    state_after: str | None
+    notes: tuple[str, ...]
+
+
+def state_to_save(monitor: Monitor) -> tuple[str, tuple[str, ...]]:
+    """The guest's run state, and notes; refuse one from which it cannot be saved.
+
+    A guest that an earlier save left stopped, when it was killed, is let go on first.
+
+    Raises:
+        BusyError: QEMU is migrating, or another save is under way.
+        PeerError: no guest can be saved in this state.
+    """
+    notes = heal(monitor)
+    before = monitor.run_state()
+    if before not in _SAVED_FROM:
+        kind = BusyError if before in _PASSED_THROUGH else PeerError
+        raise kind(f"the guest is in state {before!r}, from which QEMU cannot migrate")
+    if not monitor.migration().ended:
+        raise BusyError(f"QEMU is busy with a migration ({monitor.migration().status})")
+    return before, notes
