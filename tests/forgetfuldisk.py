@@ -13,8 +13,9 @@ seed, what one such moment may leave. What it takes from what the kernel promise
   and a name that is replaced is never missing. This every journalling file system promises, and
   POSIX asks for.
 
-How unsynced names are lost is one of three kinds, each of which a real disk shows:
+How unsynced names are lost is one of four kinds, each of which a real disk shows:
 
+* ``none``: the file system's journal was committed just then, with all names and no file's content;
 * ``all``: nothing came after the last commit of the journal;
 * ``prefix``: changes of names reach the disk in their order, over all folders (ext4, xfs, and btrfs
   without a log), so any number of the last ones are lost;
@@ -38,8 +39,8 @@ from systemcalls import DELETED, Call
 
 BLOCK: Final = 4096
 _ZEROS: Final = bytes(BLOCK)
-Loss = Literal["all", "prefix", "any"]
-LOSSES: Final[tuple[Loss, ...]] = ("all", "prefix", "any")
+Loss = Literal["none", "all", "prefix", "any"]
+LOSSES: Final[tuple[Loss, ...]] = ("none", "all", "prefix", "any")
 
 
 class SparseBytes:
@@ -243,6 +244,8 @@ class Disk:
 
     def _kept_names(self, loss: Loss, source: random.Random) -> list[NameChange]:
         """Which of the unsynced changes of names are not lost."""
+        if loss == "none":
+            return self._names
         if loss == "all":
             return []
         if loss == "prefix":

@@ -50,16 +50,20 @@ class Run:
         calls = [call for call in self.recording.calls if call.number < cut]
         return b"".join(call.data for call in calls if call.kind == "tell")
 
-    def cut_by(self, share: float, check: Callable[[int], None]) -> None:
+    def cut_by(
+        self, share: float, check: Callable[[int], None], *, among: Sequence[Call] = ()
+    ) -> None:
         """Cut the run at random places, and check what is left in ``root``.
 
         Args:
             share: of all seeds.
             check: called with the number of calls that were made; raises what is wrong.
+            among: cut right after one of these only; default: anywhere.
         """
         calls = self.recording.calls
         for seed in range(FIRST, FIRST + max(1, round(SEEDS * share))):
-            cut = _draw_cut(calls, random.Random(seed))
+            source = random.Random(seed)
+            cut = source.choice(among).number + 1 if among else _draw_cut(calls, source)
             crash(self.beginning, calls, cut=cut, seed=seed, root=self.root)
             try:
                 check(cut)

@@ -20,6 +20,7 @@ from forgetting import Run
 from hereruns import run_here
 from smallguests import check_image, copy_of, left_in
 from smallprogram import COMMAND, be_small, save_guest, small_guest
+from systemcalls import Call
 
 from uringmig import verify
 from uringmig.archive.checking import verify_archive
@@ -126,7 +127,20 @@ def test_archive_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert names >= {"kept", *entries, *(state.entry for state in summary.jobs)}
         check_names(root, guest)
 
-    run.cut_by(0.25, check)
+    run.cut_by(0.15, check)
+    run.cut_by(0.15, check, among=calls_between_checkpoints(run))
+
+
+def calls_between_checkpoints(run: Run) -> list[Call]:
+    """Those of a copy that could go on: from its journal's first sync to its file's last one."""
+    found = []
+    for tier in (".mig", ".cold"):
+        calls = [call for call in run.recording.calls if Path(call.path).stem.endswith(tier)]
+        noted = [c.number for c in calls if c.kind == "sync" and c.path.endswith(".journal")]
+        synced = [c.number for c in calls if c.kind == "sync" and c.path.endswith(".partial")]
+        found += [call for call in calls if noted[0] <= call.number < synced[-1]]
+    assert found, "no copy made a checkpoint"
+    return found
 
 
 def done_entries(told: bytes) -> list[str]:
