@@ -9,7 +9,7 @@ from collections.abc import Generator
 import pytest
 
 #: Fixtures of real QEMUs; a module of its own, since two conftest.py are one module to mypy.
-pytest_plugins = ["realguest"]
+pytest_plugins = ["hugepool", "realguest"]
 
 #: A skip says what a machine lacks. The CI machine lacks nothing, so there a skip is a defect.
 SKIPS_FAIL = os.environ.get("CI") == "true"

@@ -6,13 +6,20 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
+
+from uringmig.memory.mapping import FileMemory
+from uringmig.memory.maps import Mapping, mappings_of
+from uringmig.memory.pagemap import Pagemap
+from uringmig.memory.remote import RemoteMemory
 
 PAGE = 4096
+SIZE = 64 << 20
 
 #: Maps memory as it is told, writes to some pages, and waits; each page has its number in it.
 _CHILD = """
@@ -90,3 +97,34 @@ def remote_memory(
 def expected_page(page: int, *, salt: int) -> bytes:
     """What the child wrote to a page: salt 1 through its mapping, 7 to the file below."""
     return (page * 31 + salt).to_bytes(8, "little") * 512
+
+
+def mapping_at(remote: Remote) -> Mapping:
+    return next(m for m in mappings_of(remote.pid) if m.start <= remote.address < m.end)
+
+
+@contextmanager
+def opened(remote: Remote, *, scan: bool = True, size: int = SIZE) -> Iterator[RemoteMemory]:
+    """The child's memory, with the file below it if it has one."""
+    with ExitStack() as stack:
+        pagemap = stack.enter_context(closing(Pagemap(remote.pid, scan=scan)))
+        mapping = mapping_at(remote)
+        file = None
+        if mapping.inode:
+            path = f"/proc/{remote.pid}/map_files/{mapping.start:x}-{mapping.end:x}"
+            offset = mapping.offset + remote.address - mapping.start
+            file = FileMemory(path, offset=offset, length=size)
+        memory = RemoteMemory(
+            remote.pid, address=remote.address, length=size, pagemap=pagemap, file=file
+        )
+        yield stack.enter_context(closing(memory))
+
+
+def read_all(memory: RemoteMemory, *, window: int = 4 << 20) -> NDArray[np.uint8]:
+    """Window by window, as a channel does; what is in no extent stays zero."""
+    whole = np.zeros(memory.length_bytes, np.uint8)
+    for start in range(0, memory.length_bytes, window):
+        length = min(window, memory.length_bytes - start)
+        extents = memory.data_extents(start=start, length=length)
+        memory.read(extents, whole[start : start + length], start=start)
+    return whole

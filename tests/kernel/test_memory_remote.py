@@ -4,59 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 from imagereader import read_image
-from remoteprocess import PAGE, Remote, expected_page, remote_memory
+from remoteprocess import PAGE, SIZE, expected_page, opened, read_all, remote_memory
 
 from uringmig.errors import HostError, PeerError, StateError
-from uringmig.memory.mapping import FileMemory
-from uringmig.memory.maps import Mapping, mappings_of
-from uringmig.memory.pagemap import Pagemap
-from uringmig.memory.remote import RemoteMemory
 from uringmig.memory.source import CopiedMemory
 from uringmig.options import WriteOptions
 from uringmig.writer import MappedRamWriter, RamBlock
 
 MIB = 1 << 20
-SIZE = 64 * MIB
 #: Ends, neighbours, pages alone, and a whole huge page.
 TOUCHED = [0, 1, 2, 700, 702, 1023, 1024, *range(4096, 4608), SIZE // PAGE - 1]
 BELOW = [1, 5, 700, 9000, 9001]
-
-
-def mapping_at(remote: Remote) -> Mapping:
-    return next(m for m in mappings_of(remote.pid) if m.start <= remote.address < m.end)
-
-
-@contextmanager
-def opened(remote: Remote, *, scan: bool = True, size: int = SIZE) -> Iterator[RemoteMemory]:
-    """The child's memory, with the file below it if it has one."""
-    with ExitStack() as stack:
-        pagemap = stack.enter_context(closing(Pagemap(remote.pid, scan=scan)))
-        mapping = mapping_at(remote)
-        file = None
-        if mapping.inode:
-            path = f"/proc/{remote.pid}/map_files/{mapping.start:x}-{mapping.end:x}"
-            offset = mapping.offset + remote.address - mapping.start
-            file = FileMemory(path, offset=offset, length=size)
-        memory = RemoteMemory(
-            remote.pid, address=remote.address, length=size, pagemap=pagemap, file=file
-        )
-        yield stack.enter_context(closing(memory))
-
-
-def read_all(memory: RemoteMemory, *, window: int = 4 * MIB) -> np.ndarray:
-    """Window by window, as a channel does; what is in no extent stays zero."""
-    whole = np.zeros(memory.length_bytes, np.uint8)
-    for start in range(0, memory.length_bytes, window):
-        length = min(window, memory.length_bytes - start)
-        extents = memory.data_extents(start=start, length=length)
-        memory.read(extents, whole[start : start + length], start=start)
-    return whole
 
 
 def expected(touched: Sequence[int], below: Sequence[int] = ()) -> bytes:

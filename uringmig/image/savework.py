@@ -76,9 +76,12 @@ class SaveWork:
         self._views = [memory.view for memory in self._mapped if memory is not None]
         self._copies = len(self._views) < len(blocks)
         # The buffer given back last is taken first: it is still in the cache.
-        self._free = [
-            aligned_buffer(WINDOW_BYTES) for _ in range(options.windows_held + 1) if self._copies
-        ]
+        count = options.windows_held if self._copies else 0
+        self._free = (
+            list(aligned_buffer(count * WINDOW_BYTES, huge=True).reshape(-1, WINDOW_BYTES))
+            if count
+            else []
+        )
         self._used: dict[Window, NDArray[np.uint8]] = {}
 
     @property

@@ -115,10 +115,12 @@ class Guardian:
         """All is well: the guest is as it is to be."""
         if self._note is None:
             return
-        self._tell(guardprocess.DISARM)
+        # First of all the guest stays as it is, stopped perhaps; then the note goes.
+        self._tell(guardprocess.TIDY)
         note, self._note = self._note, None
         with contextlib.suppress(PeerError):  # QEMU may be gone, as it was told to be
             self._monitor.remove_descriptors(note)
+        self._tell(guardprocess.DISARM)
 
     def _tell(self, word: bytes) -> None:
         """Say a word; a guardian that was killed itself is not missed: we are still here."""

@@ -1,42 +1,44 @@
 """What the guardian of a stopped guest runs: waits for its saver's end, and lets the guest go on.
 
-Run by its file's name, by `qemu.guardian`, with nothing but the standard library: it has to come up
-fast, and to work whatever has become of the package since.
+Run by its file's name, by `qemu.guardian`, with nothing but the standard library: it has to work
+whatever has become of the package since. And it has to come up fast, since the guest is stopped
+only then: what it needs to act is loaded when it acts.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import select
-import socket
 import sys
-import time
-from typing import Any, Final
+
+TYPE_CHECKING = False  # that of typing, which takes as long to load as Python itself
+if TYPE_CHECKING:
+    from typing import Any
 
 #: What it says when it listens.
-READY: Final = b"r"
+READY = b"r"
 #: What it is told: should we die, let the guest go on; or only tidy up; all is well.
-GO_ON: Final = b"g"
-TIDY: Final = b"t"
-DISARM: Final = b"d"
+GO_ON = b"g"
+TIDY = b"t"
+DISARM = b"d"
 #: Opaque texts of the descriptors that QEMU is given for the time of a save begin so.
-OURS: Final = "uringmig:"
+OURS = "uringmig:"
 #: Of the note, by what the saver was to do with the guest at last.
-NOTES: Final = {
+NOTES = {
     GO_ON: f"{OURS} stopped for a save; to go on: cont",
     TIDY: f"{OURS} being saved",
 }
 #: Another client may be first at the socket, and QEMU be busy; for so long it is tried again.
-_TRIES_SECONDS: Final = 600.0
-_ANSWER_SECONDS: Final = 60.0
-_PAUSE_SECONDS: Final = 0.05
+_TRIES_SECONDS = 600.0
+_ANSWER_SECONDS = 60.0
+_PAUSE_SECONDS = 0.05
 
 
 class _Connection:
     """As much of QMP as it takes."""
 
     def __init__(self, path: str) -> None:
+        import socket
+
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.settimeout(_ANSWER_SECONDS)
         self._socket.connect(path)
@@ -44,8 +46,10 @@ class _Connection:
         self._lines.readline()
         self.execute("qmp_capabilities")
 
-    def execute(self, command: str, **arguments: Any) -> Any:
+    def execute(self, command: str, **arguments: object) -> Any:
         """Run a command; None if it was refused."""
+        import json
+
         message = {"execute": command, "arguments": arguments}
         self._socket.sendall(json.dumps(message).encode() + b"\n")
         while True:
@@ -77,17 +81,22 @@ def watch(path: str) -> None:
     last = DISARM
     while word := os.read(sys.stdin.fileno(), 1):
         last = word
+    if last == DISARM:
+        return
+    import time
+
     deadline = time.monotonic() + _TRIES_SECONDS
-    while last != DISARM and time.monotonic() < deadline:
+    while time.monotonic() < deadline:
         try:
             put_back(path, last)
         except (ConnectionRefusedError, FileNotFoundError):
             return  # there is no QEMU any more
         except (OSError, ValueError, TypeError):
-            select.select([], [], [], _PAUSE_SECONDS)
+            time.sleep(_PAUSE_SECONDS)
         else:
             return
 
 
 if __name__ == "__main__":
     watch(sys.argv[1])
+    os._exit(0)  # whoever started us waits, and there is nothing to tidy up
