@@ -56,6 +56,11 @@ def sparse(window: Array) -> bytes:
     return digest.sparse_digest(window, STARTS, LENGTHS)
 
 
+def pieces(window: Array) -> bytes:
+    """Digest a window and each 64 KiB of it, as a save does."""
+    return digest.piecewise_digest(window, [0], [len(window)])[0]
+
+
 def stream(window: Array) -> str:
     """Digest a window as pieces of a main stream."""
     state = digest.StreamDigest()
@@ -75,6 +80,7 @@ def main() -> None:
     cases = {
         "window, from memory": over(digest.window_digest),
         "window, from the cache": over(digest.window_digest, cached=True),
+        "window and its pieces, from memory": over(pieces),
         "window with every other page a hole": over(sparse),
         "main stream in pieces": over(stream),
     }

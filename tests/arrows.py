@@ -96,6 +96,7 @@ ARROWS: Final[dict[str, tuple[str, ...]]] = {
     "image.digest": (),
     "image.guestfacts": ("format.constants",),
     "image.manifest": ("image.digest", "image.guestfacts"),
+    "image.pieces": ("image.digest",),
     "image.window": ("pages", "transfer.plan"),
     "transfer": ("progress", "signals", "storage"),
     "transfer.plan": ("pages", "storage.requests"),

@@ -75,6 +75,7 @@ class BytesError(UringmigError):
         block: idstr of the ramblock concerned, or None.
         expected: what should be there, or None.
         found: what is there, or None.
+        detail: where in it more exactly, in words, or None.
         path: the file at fault, where somebody has said so with `naming`, or None.
     """
 
@@ -89,18 +90,22 @@ class BytesError(UringmigError):
         block: str | None = None,
         expected: object = None,
         found: object = None,
+        detail: str | None = None,
     ) -> None:
         self.what = what
         self.offset = offset
         self.block = block
         self.expected = expected
         self.found = found
+        self.detail = detail
         line = what if block is None else f"ramblock {block!r}: {what}"
         if offset is not None:
             line += f" at offset {offset:#x}"
         details = [] if expected is None else [f"expected {expected}"]
         if found is not None:
             details.append(f"found {found}")
+        if detail is not None:
+            details.append(detail)
         super().__init__(line + (f" ({', '.join(details)})" if details else ""))
 
 

@@ -10,9 +10,12 @@ from __future__ import annotations
 import itertools
 import os
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 from uringmig.contents.comparing import Digests, compare_window
 from uringmig.contents.mappedram import MappedRamContents
@@ -20,6 +23,7 @@ from uringmig.contents.source import WindowRead, each_row, row_length
 from uringmig.errors import MismatchError
 from uringmig.image import manifest
 from uringmig.image.parse import stream_digest
+from uringmig.image.pieces import PieceTable
 from uringmig.image.sidecar import load_sidecar, sidecar_path
 from uringmig.options import WINDOW_BYTES, ReadOptions
 from uringmig.progress import ChannelCounters, ProgressCallback, Teller
@@ -91,10 +95,14 @@ def verify(
             mismatches += compare_shape(reader, expected)
         # With blocks of another shape the digests are of something else altogether.
         digests = None
+        tables: list[PieceTable | None] = [None] * len(reader.blocks)
         if expected is not None and not mismatches:
             mismatches += compare_stream(reader, expected)
             digests = [block.digests for block in expected.blocks]
-        found = _read_windows(contents, digests, progress)
+            # With other bits the table would be of other pieces; windows are compared all the same.
+            if not mismatches:
+                tables = piece_tables(reader, expected, mismatches)
+        found = _read_windows(contents, digests, tables, progress)
         mismatches += sorted(found, key=lambda item: item.offset or 0)
         checked = contents.stored_bytes()
         if digests is not None:
@@ -109,8 +117,34 @@ def verify(
     )
 
 
+def piece_tables(
+    reader: MappedRamReader, expected: manifest.Manifest, mismatches: list[MismatchError]
+) -> list[PieceTable | None]:
+    """The manifest's digests of pieces, of each block; None where it has none that can be used.
+
+    Args:
+        reader: of an image with the manifest's shape and bits.
+        expected: its manifest.
+        mismatches: what is wrong with the digests is added here.
+    """
+    tables: list[PieceTable | None] = []
+    for said in expected.blocks:
+        table = None
+        if said.pieces is not msgspec.UNSET:
+            packed = reader.bitmap(said.idstr)
+            try:
+                table = PieceTable(said.pieces, packed, said.used_length, idstr=said.idstr)
+            except MismatchError as error:
+                mismatches.append(error)
+        tables.append(table)
+    return tables
+
+
 def _read_windows(
-    contents: MappedRamContents, digests: Digests | None, progress: ProgressCallback | None
+    contents: MappedRamContents,
+    digests: Digests | None,
+    tables: Sequence[PieceTable | None],
+    progress: ProgressCallback | None,
 ) -> list[MismatchError]:
     """Read all windows that may differ, and compare them if there are digests."""
     blocks, places = contents.blocks, contents.reader.image.blocks
@@ -128,6 +162,7 @@ def _read_windows(
                         digests[read.block_index][read.row],
                         block=blocks[read.block_index].idstr,
                         offset=places[read.block_index].pages_offset + read.row * WINDOW_BYTES,
+                        table=tables[read.block_index],
                     )
                     found += [mismatch] if mismatch is not None else []
                 length = row_length(blocks[read.block_index], read.row)

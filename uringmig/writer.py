@@ -24,6 +24,7 @@ from uringmig.format.layout import ImageLayout, plan_layout
 from uringmig.image import manifest
 from uringmig.image.draft import FinishedImage, ImageDraft
 from uringmig.image.guestfacts import GuestFacts
+from uringmig.image.pieces import piece_table
 from uringmig.image.savework import SavedBlock, SaveWork, skip_holes
 from uringmig.memory.array import BufferMemory
 from uringmig.memory.source import CopiedMemory, MemorySource
@@ -316,6 +317,10 @@ class MappedRamWriter:
                 ),
                 seconds=describe_seconds(result.time),
                 notes=result.notes,
+                pieces=[
+                    piece_table(block.pieces, block.bitmap, block.layout.used_length)
+                    for block in self._blocks
+                ],
                 guest=guest,
             )
         manifest_path = finished.durable.publish(described)

@@ -17,6 +17,7 @@ from uringmig.contents.source import Contents, ContentsBlock, Row, all_rows, win
 from uringmig.format.layout import bitmap_length
 from uringmig.image import digest
 from uringmig.image.manifest import ArchiveFields, ArchiveManifest, Tier
+from uringmig.image.pieces import ROW_PIECES, no_digests, piece_table
 from uringmig.options import PAGE_SIZE
 from uringmig.pages import bitmap
 
@@ -69,15 +70,18 @@ class CopiedBlock:
     Attributes:
         bitmap: packed, as on disk; a bit is set for a page that is stored.
         digests: uint8, (rows, 16), of each window's memory.
+        pieces: as `pieces.no_digests`, of each piece of it, where the tier keeps those.
     """
 
     block: ContentsBlock
     bitmap: NDArray[np.uint8] = field(init=False)
     digests: NDArray[np.uint8] = field(init=False)
+    pieces: NDArray[np.uint8] = field(init=False)
 
     def __post_init__(self) -> None:
         self.bitmap = np.zeros(bitmap_length(self.block.used_length), np.uint8)
         self.digests = np.zeros((self.block.row_count, digest.DIGEST_BYTES), np.uint8)
+        self.pieces = no_digests(self.block.used_length)
 
 
 class CopiedGuest:
@@ -110,6 +114,20 @@ class CopiedGuest:
     def note_digest(self, row: Row, value: bytes) -> None:
         """Store the digest of a window's memory."""
         self.blocks[row[0]].digests[row[1]] = np.frombuffer(value, np.uint8)
+
+    def note_pieces(self, row: Row, found: NDArray[np.uint8]) -> None:
+        """Store the digests of the pieces of a window's memory."""
+        first = row[1] * ROW_PIECES
+        self.blocks[row[0]].pieces[first : first + len(found)] = found
+
+    def piece_tables(self) -> list[bytes] | None:
+        """Of every block; None if the copy went on from a journal, which does not have them."""
+        if self.resumed_bytes:
+            return None
+        return [
+            piece_table(copied.pieces, copied.bitmap, copied.block.used_length)
+            for copied in self.blocks
+        ]
 
     def bits(self, row: Row) -> NDArray[np.bool_]:
         """The bits of a window's pages."""

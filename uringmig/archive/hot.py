@@ -187,6 +187,7 @@ class HotCopy:
             settings=self._copy.settings,
             seconds=self._copy.seconds(finished.durable),
             notes=self._copy.notes,
+            pieces=self._guest.piece_tables(),
             archive=fields,
             guest=guest,
         )
@@ -257,7 +258,9 @@ class _HotWork:
     def submitted(self, window: Window) -> None:
         """Digest the window while it is still in the cache and the device has work."""
         held = self._open[window]
-        self._guest.note_digest(held.row, held.digest())
+        whole, pieces = held.digests()
+        self._guest.note_digest(held.row, whole)
+        self._guest.note_pieces(held.row, pieces)
         self._settle(window)
 
     def finished(self, window: Window) -> None:

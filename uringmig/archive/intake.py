@@ -66,6 +66,10 @@ class TakenWindow:
         """Digest of the window, zeros included."""
         return digest.sparse_digest(self.memory, self.start, self.length)
 
+    def digests(self) -> tuple[bytes, NDArray[np.uint8]]:
+        """As `digest`, and those of the window's pieces."""
+        return digest.piecewise_digest(self.memory, self.start, self.length)
+
 
 class Intake:
     """The windows of some rows, for several channels; each window goes to one of them.

@@ -15,8 +15,9 @@ from uringmig.contents.mappedram import MappedRamContents
 from uringmig.contents.source import Contents, Row, WindowRead
 from uringmig.errors import FormatError, MismatchError
 from uringmig.image import digest, manifest
+from uringmig.image.pieces import PieceTable
 from uringmig.options import WINDOW_BYTES, ReadOptions
-from uringmig.verify import compare_shape, compare_stream
+from uringmig.verify import compare_shape, compare_stream, piece_tables
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +29,14 @@ class OpenedEntry:
         stream_damage: what differs outside the windows.
         digests: of every row of every block, by the manifest.
         offset_of: where a row is in the image's file; None where it has no place.
+        tables: digests of pieces of each block, where the manifest has them.
     """
 
     contents: Contents
     stream_damage: tuple[MismatchError, ...]
     digests: Digests
     offset_of: Callable[[Row], int | None]
+    tables: Sequence[PieceTable | None] = ()
 
     def __enter__(self) -> Self:
         return self
@@ -48,6 +51,7 @@ class OpenedEntry:
             self.digests[window.block_index][window.row],
             block=self.contents.blocks[window.block_index].idstr,
             offset=self.offset_of((window.block_index, window.row)),
+            table=self.tables[window.block_index] if self.tables else None,
         )
 
 
@@ -130,7 +134,9 @@ def _open_hot(entry: Entry, options: ReadOptions, compared: bool) -> OpenedEntry
         if shape:
             raise shape[0]
         digests = [block.digests for block in said.blocks]
-        damage = compare_stream(reader, said) or _compare_content(entry, contents, digests)
+        damage = compare_stream(reader, said)
+        tables = [] if damage else piece_tables(reader, said, damage)
+        damage = damage or _compare_content(entry, contents, digests)
         reader.main.drop_cache()
         areas = [block.pages_offset for block in reader.image.blocks]
         stack.pop_all()
@@ -139,6 +145,7 @@ def _open_hot(entry: Entry, options: ReadOptions, compared: bool) -> OpenedEntry
         tuple(damage),
         digests,
         offset_of=lambda row: areas[row[0]] + row[1] * WINDOW_BYTES,
+        tables=tables,
     )
 
 

@@ -21,7 +21,7 @@ from uringmig.contents.windowstream import (
 from uringmig.format.constants import CAPABILITY_MAPPED_RAM
 from uringmig.format.device_state import DeviceState
 from uringmig.format.headers import Configuration
-from uringmig.image.digest import window_digest
+from uringmig.image.digest import piecewise_digest
 from uringmig.image.guestfacts import GuestFacts
 from uringmig.image.sidecar import guest_of_image
 from uringmig.options import PAGE_SIZE, WINDOW_BYTES, ReadOptions
@@ -161,8 +161,10 @@ class MappedRamContents:
         memory = buffer[: window.length_bytes]
         zero_clear_pages(memory, bits)
         if self._compared:
-            row, found = row_of(window), window_digest(memory)
-            return WindowRead(*row, memory[:0], extents_of(bits), digest=found)
+            found, pieces = piecewise_digest(memory, [0], [len(memory)])
+            return WindowRead(
+                *row_of(window), memory[:0], extents_of(bits), digest=found, pieces=pieces
+            )
         return WindowRead(*row_of(window), memory, extents_of(bits), filled=True)
 
     def _bits(self, window: Window) -> NDArray[np.bool_]:

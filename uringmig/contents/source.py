@@ -60,6 +60,7 @@ class WindowRead:
             memory.
         digest: of the memory, if the channel that read it made one. Of contents that were opened
             only to be compared, ``memory`` is empty then.
+        pieces: with ``digest``, the digests of the window's pieces, see `digest.piecewise_digest`.
         filled: ``memory`` is a buffer with zeros where no data is: all may be read.
         exchange: keeps the memory without a copy. Call it with a buffer of your own: it returns the
             buffer that the memory lies in, which is yours then, and takes yours in its place. It
@@ -72,6 +73,7 @@ class WindowRead:
     data: Extents | None
     filled: bool = False
     digest: bytes | None = None
+    pieces: NDArray[np.uint8] | None = None
     exchange: Callable[[NDArray[np.uint8]], NDArray[np.uint8] | None] | None = None
 
 

@@ -15,11 +15,20 @@ import xxhash
 from numpy.typing import NDArray
 
 from uringmig.options import WINDOW_BYTES
+from uringmig.units import KiB, div_ceil
 
 ALGORITHM: Final = "xxh3-128"
 DIGEST_BYTES: Final = 16
+#: What has a digest of its own besides its window's.
+PIECE_BYTES: Final = 64 * KiB
+#: So much is kept of a piece's digest: 16 letters of a manifest's text, 256 KiB for a GiB. A piece
+#: is only ever compared with what it was, for which 96 bits are as good as 128.
+PIECE_DIGEST_BYTES: Final = 12
 
 _ZEROS: Final = bytes(WINDOW_BYTES)
+#: Pieces that are digested one by one, and then together for the window, from the cache: of more
+#: than a few the second look would go to memory, and with one at a time Python has more to do.
+_GROUP_BYTES: Final = 4 * PIECE_BYTES
 
 
 @functools.cache
@@ -50,6 +59,51 @@ def sparse_digest(memory: NDArray[np.uint8], start: list[int], length: list[int]
         at = first + count
     state.update(memoryview(_ZEROS)[: len(memory) - at])
     return state.digest()
+
+
+def piecewise_digest(
+    memory: NDArray[np.uint8], start: list[int], length: list[int]
+) -> tuple[bytes, NDArray[np.uint8]]:
+    """As `sparse_digest`, and with it the digests of the window's pieces.
+
+    Returns:
+        The window's; and of each `PIECE_BYTES` the first bytes of its own: uint8, (pieces,
+        `PIECE_DIGEST_BYTES`). Where all around a piece is a hole too, it may be zero instead.
+    """
+    state = xxhash.xxh3_128()
+    found: list[bytes] = []
+    count = 0
+    for at in range(0, len(memory), _GROUP_BYTES):
+        end = min(at + _GROUP_BYTES, len(memory))
+        while count < len(start) and start[count] + length[count] <= at:
+            count += 1
+        if count == len(start) or start[count] >= end:
+            found += [bytes(DIGEST_BYTES)] * div_ceil(end - at, PIECE_BYTES)
+            state.update(memoryview(_ZEROS)[: end - at])
+            continue
+        group = memory[at:end].data
+        if start[count] > at or start[count] + length[count] < end:
+            group = _filled(memory, at, end, start[count:], length[count:]).data
+        found += [
+            xxhash.xxh3_128_digest(group[first : first + PIECE_BYTES])
+            for first in range(0, end - at, PIECE_BYTES)
+        ]
+        state.update(group)
+    pieces = np.frombuffer(b"".join(found), np.uint8).reshape(-1, DIGEST_BYTES)
+    return state.digest(), pieces[:, :PIECE_DIGEST_BYTES]
+
+
+def _filled(
+    memory: NDArray[np.uint8], at: int, end: int, start: list[int], length: list[int]
+) -> NDArray[np.uint8]:
+    """Memory from ``at`` to ``end``, with zeros where it may not be read."""
+    filled = np.zeros(end - at, np.uint8)
+    for first, count in zip(start, length, strict=True):
+        if first >= end:
+            break
+        low, high = max(first, at), min(first + count, end)
+        filled[low - at : high - at] = memory[low:high]
+    return filled
 
 
 def bytes_digest(data: bytes | memoryview) -> bytes:

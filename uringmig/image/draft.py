@@ -18,6 +18,7 @@ from uringmig.format.compose import compose_setup
 from uringmig.format.headers import Configuration
 from uringmig.format.layout import ImageLayout
 from uringmig.image import manifest
+from uringmig.image.digest import PIECE_BYTES
 from uringmig.image.guestfacts import GuestFacts
 from uringmig.image.manifest import (
     WRITER,
@@ -28,6 +29,7 @@ from uringmig.image.manifest import (
     Settings,
 )
 from uringmig.image.parse import parse_image, stream_digest
+from uringmig.image.pieces import TABLES_BYTES_MAX
 from uringmig.options import PAGE_SIZE
 from uringmig.pages import bitmap
 from uringmig.progress import Phase
@@ -169,6 +171,7 @@ class ImageDraft:
         settings: Settings,
         seconds: dict[str, float],
         notes: Sequence[str],
+        pieces: Sequence[bytes] | None = None,
         archive: ArchiveFields | None = None,
         guest: GuestFacts | None = None,
     ) -> Manifest:
@@ -180,11 +183,16 @@ class ImageDraft:
             settings: what really ran.
             seconds: where the time went; giving the file its name is still to come.
             notes: what the operator should know, one line each.
+            pieces: of every block, see `pieces.piece_table`; None are not known.
             archive: if the image is an entry of an archive.
             guest: if the memory is that of a QEMU's guest.
         """
+        if pieces is not None and sum(map(len, pieces)) > TABLES_BYTES_MAX:
+            notes = [*notes, "the manifest has no digests of pieces: there would be too many"]
+            pieces = None
         return Manifest(
-            version=manifest.version_of(guest),
+            version=manifest.version_of(guest, pieces=pieces is not None),
+            piece_bytes=msgspec.UNSET if pieces is None else PIECE_BYTES,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             writer=WRITER,
             machine=self._configuration.machine,
@@ -199,9 +207,10 @@ class ImageDraft:
                     pages_offset=place.pages_offset,
                     pages_set=pages_set,
                     digests=[row.tobytes().hex() for row in rows],
+                    pieces=msgspec.UNSET if pieces is None else pieces[number],
                 )
-                for place, pages_set, rows in zip(
-                    self._layout.blocks, finished.pages_set, digests, strict=True
+                for number, (place, pages_set, rows) in enumerate(
+                    zip(self._layout.blocks, finished.pages_set, digests, strict=True)
                 )
             ],
             settings=settings,

@@ -21,10 +21,11 @@ FORMAT: Final = "uringmig-manifest"
 COLD_FORMAT: Final = "uringmig-cold-manifest"
 #: Of a manifest that has nothing but what the first programs knew.
 FIRST_VERSION: Final = 1
-#: Of one that has ``guest``, which they would refuse as a field that they do not know.
+#: Of one that has ``guest`` or ``pieces``, fields that they do not know and so refuse.
 VERSION: Final = 2
-#: 64 TiB of RAM give 16 Mi windows of 35 bytes: no honest manifest is larger.
-BYTES_MAX: Final = 600 * MiB
+#: 64 TiB of RAM give 16 Mi windows of 35 bytes, and pieces are kept of at most a TiB of data, in
+#: 256 MiB: no honest manifest is larger.
+BYTES_MAX: Final = 900 * MiB
 
 Tier = Literal["hot", "cold"]
 #: A count of bytes that a catalogue can hold too.
@@ -37,7 +38,11 @@ HexDigest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
 
 
 class ManifestBlock(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One ramblock: its place, its pages, and the digest of each window of its memory, as hex."""
+    """One ramblock: its place, its pages, and the digest of each window of its memory, as hex.
+
+    ``pieces``, if it is there, has those of 64 KiB of which any page is set, see `pieces`; as a
+    text it is base64.
+    """
 
     idstr: str
     used_length: int
@@ -45,6 +50,7 @@ class ManifestBlock(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     pages_offset: int
     pages_set: int
     digests: list[str]
+    pieces: bytes | msgspec.UnsetType = msgspec.UNSET
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -106,6 +112,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     file_size: int
     digest: str = digest.ALGORITHM
     digest_bytes: int = WINDOW_BYTES
+    piece_bytes: int | msgspec.UnsetType = msgspec.UNSET
     stream_digest: str
     blocks: list[ManifestBlock]
     settings: Settings
@@ -158,9 +165,9 @@ _Struct = TypeVar("_Struct", bound=msgspec.Struct)
 _Manifest = TypeVar("_Manifest", Manifest, ColdManifest)
 
 
-def version_of(guest: GuestFacts | None) -> int:
+def version_of(guest: GuestFacts | None, *, pieces: bool = False) -> int:
     """The oldest version that a manifest with these can have: old programs read what they can."""
-    return FIRST_VERSION if guest is None else VERSION
+    return FIRST_VERSION if guest is None and not pieces else VERSION
 
 
 def encode(manifest: ArchiveManifest) -> bytes:
@@ -176,6 +183,13 @@ def decode(data: bytes) -> Manifest:
             version; or its map of the guest's memory does not fit its blocks.
     """
     said = _checked(data, Manifest, FORMAT)
+    pieces = sum(block.pieces is not msgspec.UNSET for block in said.blocks)
+    if pieces not in (0, len(said.blocks)):
+        raise FormatError("manifest blocks with digests of pieces", found=pieces)
+    expected = digest.PIECE_BYTES if pieces else msgspec.UNSET
+    if said.piece_bytes != expected:
+        raise FormatError("manifest piece_bytes", expected=expected, found=said.piece_bytes)
+    _check_version(said, version_of(said.guest or None, pieces=bool(pieces)))
     if said.guest and said.guest.memory_map is not None:
         lengths = {block.idstr: block.used_length for block in said.blocks}
         check_map(said.guest.memory_map, lengths)
@@ -189,6 +203,7 @@ def decode_cold(data: bytes) -> ColdManifest:
         FormatError: as for `decode`; its blocks are in the image's own index.
     """
     said = _checked(data, ColdManifest, COLD_FORMAT)
+    _check_version(said, version_of(said.guest or None))
     if said.guest and said.guest.memory_map is not None:
         check_map(said.guest.memory_map, None)
     return said
@@ -202,6 +217,12 @@ def _structure(data: bytes, kind: type[_Struct]) -> _Struct:
         raise FormatError(f"manifest: {error}") from None
 
 
+def _check_version(said: ArchiveManifest, oldest: int) -> None:
+    """Refuse a manifest that has what its version does not."""
+    if said.version < oldest:
+        raise FormatError("manifest version", expected=oldest, found=said.version)
+
+
 def _checked(data: bytes, kind: type[_Manifest], format_name: str) -> _Manifest:
     """Decode a manifest, and check what has only few values."""
     first = _structure(data, _Kind)
@@ -211,9 +232,6 @@ def _checked(data: bytes, kind: type[_Manifest], format_name: str) -> _Manifest:
         expected = f"{FIRST_VERSION} to {VERSION}"
         raise FormatError("manifest version", expected=expected, found=first.version)
     manifest = _structure(data, kind)
-    oldest = version_of(manifest.guest or None)
-    if manifest.version < oldest:
-        raise FormatError("manifest version", expected=oldest, found=manifest.version)
     for name, expected_value in (
         ("digest", digest.ALGORITHM),
         ("digest_bytes", WINDOW_BYTES),

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uringmig.format.layout import BlockLayout
-from uringmig.image import digest
+from uringmig.image import digest, pieces
 from uringmig.image.window import Rewritten, settle_window
 from uringmig.memory.source import CopiedMemory, Extents, MemorySource
 from uringmig.options import PAGE_SIZE, WINDOW_BYTES, WriteOptions
@@ -37,6 +37,7 @@ class SavedBlock:
         dense: every page is written and every bit set, zero or not.
         bitmap: packed, as on disk; a bit is set when the page's write has been planned.
         digests: uint8, (rows, 16), of each `WINDOW_BYTES` of the memory as last scanned.
+        pieces: as `pieces.no_digests`, of each piece of the memory as last scanned.
         selected: pages of this round, packed; None is all of them.
     """
 
@@ -45,16 +46,33 @@ class SavedBlock:
     dense: bool
     bitmap: NDArray[np.uint8] = field(init=False)
     digests: NDArray[np.uint8] = field(init=False)
+    pieces: NDArray[np.uint8] = field(init=False)
     selected: NDArray[np.uint8] | None = None
 
     def __post_init__(self) -> None:
         self.bitmap = np.zeros(self.layout.bitmap_bytes, np.uint8)
         rows = div_ceil(self.layout.used_length, WINDOW_BYTES)
         self.digests = np.zeros((rows, digest.DIGEST_BYTES), np.uint8)
+        self.pieces = pieces.no_digests(self.layout.used_length)
 
     def put_digest(self, start: int, value: bytes) -> None:
         """Keep the digest of the memory from ``start`` on, a multiple of `WINDOW_BYTES`."""
         self.digests[start // WINDOW_BYTES] = np.frombuffer(value, np.uint8)
+
+    def put_digests(self, start: int, memory: NDArray[np.uint8], data: Extents) -> None:
+        """Digest the memory from ``start`` on, a multiple of `WINDOW_BYTES`, and its pieces.
+
+        Args:
+            start: in bytes of the block.
+            memory: as it was written; at most a window.
+            data: what of the block may be read there.
+        """
+        whole, found = digest.piecewise_digest(
+            memory, (data.start - start).tolist(), data.length.tolist()
+        )
+        self.put_digest(start, whole)
+        first = start // digest.PIECE_BYTES
+        self.pieces[first : first + len(found)] = found
 
 
 class SaveWork:
@@ -129,12 +147,7 @@ class SaveWork:
         for start, length in _rows(window):
             part = data.clip(start=start, length=length)
             at = start - window.start_bytes
-            block.put_digest(
-                start,
-                digest.sparse_digest(
-                    view[at : at + length], (part.start - start).tolist(), part.length.tolist()
-                ),
-            )
+            block.put_digests(start, view[at : at + length], part)
 
     def finished(self, window: Window) -> None:
         """Take the window's buffer back, if it had one: its pages are where they belong."""
