@@ -164,3 +164,21 @@ def test_other_machines_are_described(start_machine: StartMachine, kind: str) ->
     assert facts.memory_map is not None
     ram = sum(one.length for one in facts.memory_map if one.block == "pc.ram")
     assert 63 * MiB < ram <= 64 * MiB
+
+
+def test_a_guest_with_private_ram_has_map_and_digests_of_pieces(
+    start_machine: StartMachine, tmp_path: Path
+) -> None:
+    """However a running QEMU is saved; the digests are of the bytes that were copied out of it."""
+    machine = start_machine(memory_bytes=64 * MiB)
+    image = tmp_path / "vm.mig"
+    done = uringmig("save", "--qmp", machine.qmp_path, image)
+    assert done.code == 0, done.err
+    facts = facts_of(image)
+    assert facts.memory_map is not None
+    ram = sum(one.length for one in facts.memory_map if one.block == "pc.ram")
+    assert 63 * MiB < ram <= 64 * MiB
+    said = manifest.decode(Path(f"{image}.manifest.json").read_bytes())
+    assert all(block.pieces for block in said.blocks if block.pages_set)
+    checked = uringmig("verify", image)
+    assert checked.code == 0, checked.out
