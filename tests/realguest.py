@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -88,3 +89,11 @@ def save_by_qemu(machine: Machine, image: Path, *, multifd: bool, direct: bool) 
     monitor.execute("migrate", uri=f"file:{image}")
     outcome = monitor.wait_for_migration(timeout_s=300)
     assert outcome.status == "completed", outcome
+
+
+def put_to_sleep(machine: Machine) -> None:
+    """Have a q35 without a guest enter S3, as a guest does by its power management."""
+    while machine.monitor.run_state() != "suspended":
+        # In vain until the firmware has set power management up.
+        machine.monitor.human("o/h 0x604 0x2400")
+        time.sleep(0.1)

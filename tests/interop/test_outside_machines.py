@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from imagereader import ReadImage, read_image
-from realguest import StartMachine, save_by_qemu, shared_path
+from realguest import StartMachine, put_to_sleep, save_by_qemu, shared_path
 
 from uringmig.errors import PeerError
 from uringmig.memory.mapping import FileMemory
@@ -111,11 +111,8 @@ def put_to(machine: Machine, state: str) -> None:
     monitor = machine.monitor
     if state == "paused":
         monitor.execute("stop")
-    elif state == "suspended" or state == "paused asleep":
-        time.sleep(3)  # the firmware has to have set up power management
-        monitor.human("o/h 0x604 0x2400")
-        while monitor.run_state() != "suspended":
-            time.sleep(0.01)
+    elif state in ("suspended", "paused asleep"):
+        put_to_sleep(machine)
         if state == "paused asleep":
             monitor.execute("stop")
     elif state == "guest-panicked":

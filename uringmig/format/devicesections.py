@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from typing import Final, Self
@@ -34,7 +34,12 @@ _FOOTER_BYTES: Final = 1 + BE32.size
 #: 32 bytes (9.0; 100 before), then flags, of which the second says that the guest was suspended.
 _GLOBAL_STATE: Final = re.compile(
     rb"\x04(?P<id>.{4})\x0bglobalstate\0{4}\0\0\0\x01"
-    rb"(?P<name>\0\0\0\x08running\0{25})(?P<flags>.{2})\0{66}\x7e(?P=id)",
+    rb"(?P<name>\0\0\0\x08running\0{25}).{2}\0{66}\x7e(?P=id)",
+    re.DOTALL,
+)
+#: The same, whatever it says.
+_TOLD_STATE: Final = re.compile(
+    rb"\x04.{4}\x0bglobalstate\0{4}\0\0\0\x01.{4}(?P<name>.{32}).(?P<suspended>.)",
     re.DOTALL,
 )
 _NAME_BYTES: Final = 32
@@ -42,6 +47,19 @@ _NAME_BYTES: Final = 32
 _EARLY: Final = "virtio-mem-device-early"
 #: QEMU: system/cpu-timers.c; its offset changes whenever the guest runs, and at no other time.
 _CLOCK: Final = "timer"
+
+
+def is_asleep(sections: Sequence[bytes]) -> bool:
+    """Whether a guest slept (S3) when it was saved, and perhaps was stopped in its sleep.
+
+    Args:
+        sections: its FULL sections, each from its type byte on.
+    """
+    for raw in sections:
+        match = _TOLD_STATE.match(raw)
+        if match is not None:
+            return match["name"].rstrip(b"\0") == b"suspended" or match["suspended"] == b"\1"
+    return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +107,7 @@ class DeviceSections:
     @property
     def suspended(self) -> bool:
         """Whether the guest was asleep when it was stopped; QEMU tells since 9.0."""
-        match = _GLOBAL_STATE.search(self._data)
-        return match is not None and match["flags"][1] == 1
+        return is_asleep([section.raw for section in self._sections])
 
     def device_state(self, section_id: int, run_state: str) -> DeviceState:
         """Make what follows ram's START section in an image.

@@ -22,6 +22,7 @@ from uringmig import signals
 from uringmig.contents.devicestream import DeviceStream
 from uringmig.errors import PeerError
 from uringmig.format.constants import CAPABILITY_IGNORE_SHARED, CAPABILITY_MAPPED_RAM
+from uringmig.format.devicesections import is_asleep
 from uringmig.memory.mapping import FileMemory
 from uringmig.memory.source import MemorySource
 from uringmig.options import WriteOptions
@@ -63,9 +64,11 @@ def save_shared(
         monitor: of the VM.
         out: the image's final name.
         options: how to write.
-        then: let the guest ``cont``, ``quit`` QEMU, or ``leave`` it stopped (state postmigrate);
-            None: QEMU takes the guest back as it was, running if it ran, and shows its migration
-            as failed, "Sibling indicated error 1", which is how it is told to.
+        then: let the guest ``cont``, ``quit`` QEMU, or ``leave`` it stopped (state postmigrate, or
+            paused if it sleeps: from postmigrate QEMU cannot go back to sleep, and dies of trying);
+            None: QEMU takes the guest back as it was, running if it ran. Then, and with ``cont``,
+            it shows its migration as failed, "Sibling indicated error 1", which is how it is told
+            to.
         progress: called with a `Snapshot` about ten times a second.
 
     Raises:
@@ -90,7 +93,9 @@ def save_shared(
         ):
             image, stream = _save(monitor, connection, out, memories, options, progress, unproved)
             image = replace(image, notes=(*image.notes, *unproved))
-            notes += let_go(monitor, connection, keep=then is None)
+            asleep = is_asleep(stream.full)
+            keep = then is None or then == "cont" or (then == "leave" and asleep)
+            notes += let_go(monitor, connection, keep=keep)
             let_go_at = time.monotonic()
             handed_over = not notes
     except PeerError as error:
@@ -296,10 +301,12 @@ def _go_on(monitor: Monitor, then: Then | None, *, handed_over: bool) -> list[st
     it is not quit.
     """
     try:
+        # Until it has settled QEMU refuses: "Migration is not finalized yet".
         if then == "cont":
-            # Until then QEMU refuses: "Migration is not finalized yet".
             _settled(monitor)
             monitor.execute("cont")
+        elif then == "leave" and _settled(monitor) != "postmigrate":
+            monitor.execute("stop")  # a guest that sleeps: it was taken back, and does nothing
         elif then == "quit" and handed_over:
             monitor.execute("quit")
         elif then == "quit":
