@@ -79,7 +79,7 @@ ARROWS: Final[dict[str, tuple[str, ...]]] = {
     ),
     "qemu.address": (),
     "qemu.guardprocess": (),
-    "qemu.monitor": ("qemu.address", "qemu.qmp", "signals"),
+    "qemu.monitor": ("qemu.address", "qemu.guardprocess", "qemu.qmp", "signals"),
     "qemu.qmp": ("signals",),
     "contents": (
         "format", "image", "memory", "pages", "progress", "reader", "signals", "storage",

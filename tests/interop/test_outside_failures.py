@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from commandline import uringmig
 from imagereader import read_image
 from otheruser import NOBODY
 from realguest import FILL_BYTES, GUEST_BYTES, StartMachine, shared_path
@@ -251,3 +252,45 @@ def test_what_cannot_be_reached_is_migrated(
     private = start_machine(memory_bytes=64 * MiB, backend="")
     with pytest.raises(HostError, match=r"no right to read .* and not by a migration: .*share"):
         save_vm(private.qmp_path, tmp_path / "vm.mig")
+
+
+MIGRATE = SAVE.replace("outside", "shared").replace("qemu.shared ", "qemu.sharedram ")
+
+
+@pytest.mark.parametrize("healer", ["save", "repair"])
+def test_settings_after_a_migration_was_killed(
+    healer: str, start_machine: StartMachine, tmp_path: Path
+) -> None:
+    """Noted before they are changed, put back by whoever comes next; others' are left alone."""
+    machine = start_machine(memory_bytes=64 * MiB, shared=shared_path())
+    machine.monitor.set_capabilities(**{"auto-converge": True})
+    before = kept(machine)
+    arguments = [str(machine.qmp_path), str(tmp_path / "vm.mig"), str(MiB)]
+    with subprocess.Popen([sys.executable, "-c", MIGRATE, *arguments]) as child:
+        wait_for_state(machine, "finish-migrate")
+        child.kill()
+    wait_for_state(machine, "running")
+    assert machine.monitor.capabilities()["x-ignore-shared"]
+    if healer == "repair":
+        done = uringmig("repair", "--qmp", machine.qmp_path)
+        assert (done.code, done.err) == (0, "")
+        assert "were put back" in done.out
+        again = uringmig("repair", "--qmp", machine.qmp_path)
+        assert again.out.startswith("nothing was left changed")
+    else:
+        result = save_outside(machine.monitor, tmp_path / "next.mig")
+        assert any("were put back" in note for note in result.notes)
+    assert kept(machine) == before
+
+
+def test_others_settings_that_spoil_images_are_told(
+    start_machine: StartMachine, tmp_path: Path
+) -> None:
+    """x-ignore-shared without a note of ours may be wanted: it is named, with the cure."""
+    machine = start_machine(memory_bytes=64 * MiB, shared=shared_path())
+    machine.monitor.set_capabilities(**{"x-ignore-shared": True})
+    result = save_outside(machine.monitor, tmp_path / "vm.mig")
+    [note] = result.notes
+    assert "x-ignore-shared" in note
+    assert "migrate-set-capabilities" in note
+    assert machine.monitor.capabilities()["x-ignore-shared"]

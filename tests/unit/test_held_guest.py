@@ -8,7 +8,7 @@ import pytest
 
 from uringmig.errors import PeerError
 from uringmig.qemu.heldguest import hold_guest
-from uringmig.qemu.monitor import Monitor
+from uringmig.qemu.monitor import Migration, Monitor
 
 
 class Standing:
@@ -19,6 +19,12 @@ class Standing:
 
     def descriptors(self) -> list[tuple[int, str, int]]:
         return []
+
+    def migration(self) -> Migration:
+        return Migration("none", None, {})
+
+    def capabilities(self) -> dict[str, bool]:
+        return {}
 
     def run_state(self) -> str:
         return self._state

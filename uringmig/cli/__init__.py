@@ -56,6 +56,7 @@ app: Final = LazyGroup(
     places={
         "save": "uringmig.cli.save:save",
         "load": "uringmig.cli.load:load",
+        "repair": "uringmig.cli.repair:repair",
         "inspect": "uringmig.cli.inspect:inspect",
         "verify": "uringmig.cli.verify:verify",
         "bench": "uringmig.cli.bench:bench",

@@ -20,7 +20,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Final, Self
 
 from uringmig import signals
-from uringmig.errors import BusyError, HostError, LimitError, PeerError, explained
+from uringmig.errors import HostError, LimitError, PeerError, explained
 from uringmig.qemu import guardprocess
 from uringmig.qemu.monitor import Monitor
 
@@ -127,50 +127,6 @@ class Guardian:
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(word)
-
-
-def heal(monitor: Monitor) -> tuple[str, ...]:
-    """Let a guest go on that a save stopped which was killed, guardian and all.
-
-    Returns:
-        What was done, one line each.
-
-    Raises:
-        BusyError: that save is still alive.
-        PeerError: QEMU refuses.
-    """
-    ours = [each for each in monitor.descriptors() if each[1].startswith(guardprocess.OURS)]
-    notes = [opaque for _, opaque, _ in ours]
-    if any(
-        opaque in guardprocess.NOTES.values() and _is_held(monitor.peer_pid, number)
-        for _, opaque, number in ours
-    ):
-        raise BusyError("another save of this VM is under way")
-    done: tuple[str, ...] = ()
-    if guardprocess.NOTES[guardprocess.GO_ON] in notes and monitor.run_state() == "paused":
-        monitor.execute("cont")
-        done = ("the guest stood still since a save of it was killed; it was let go on first",)
-    for fdset, *_ in ours:
-        monitor.remove_descriptors(fdset)
-    return done
-
-
-def _is_held(pid: int, number: int) -> bool:
-    """Whether the save that left a note still lives: it holds a lock on the note's file.
-
-    Where we may not look it is taken for alive: its guest must not go on under its eyes.
-    """
-    try:
-        fd = os.open(f"/proc/{pid}/fd/{number}", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return True
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(fd)
-    return False
 
 
 class Standstill:

@@ -27,6 +27,10 @@ NOTES = {
     GO_ON: f"{OURS} stopped for a save; to go on: cont",
     TIDY: f"{OURS} being saved",
 }
+#: Of the file that QEMU writes the state of its devices to.
+DEVICES = f"{OURS} state of the devices"
+#: What does not outlive the save that it was given for.
+OF_A_SAVE = frozenset({*NOTES.values(), DEVICES})
 #: Another client may be first at the socket, and QEMU be busy; for so long it is tried again.
 _TRIES_SECONDS = 600.0
 _ANSWER_SECONDS = 60.0
@@ -71,7 +75,7 @@ def put_back(path: str, word: bytes) -> None:
     if word == GO_ON and connection.execute("query-status")["status"] == "paused":
         connection.execute("cont")
     for entry in connection.execute("query-fdsets"):
-        if any(fd.get("opaque", "").startswith(OURS) for fd in entry["fds"]):
+        if any(fd.get("opaque") in OF_A_SAVE for fd in entry["fds"]):
             connection.execute("remove-fd", **{"fdset-id": entry["fdset-id"]})
 
 

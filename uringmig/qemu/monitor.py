@@ -6,17 +6,19 @@ changed through `saved_settings` is put back.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
 from uringmig import signals
 from uringmig.errors import PeerError
 from uringmig.qemu.address import socket_path
+from uringmig.qemu.guardprocess import OURS
 from uringmig.qemu.qmp import CommandError, QmpConnection
 
 #: A QEMU greets at once; one that does not within this time is stopped or talks to another client.
@@ -28,6 +30,8 @@ COMMAND_TIMEOUT_S: Final = 60.0
 _PAUSE_FIRST_S: Final = 0.0005
 _PAUSE_MOST_S: Final = 0.02
 
+#: Begins the note that QEMU keeps while settings are changed: capabilities and parameters, as JSON.
+SETTINGS_NOTE: Final = f"{OURS} migration settings before: "
 #: QEMU: MigrationStatus (qapi/migration.json), those that do not change any more.
 MIGRATION_ENDED: Final = frozenset({"completed", "failed", "cancelled", "none"})
 
@@ -293,15 +297,51 @@ class Monitor:
             PeerError: QEMU refused to take a setting back.
         """
         capabilities, parameters = self.capabilities(), self.parameters()
+        note = self._note_settings(capabilities, parameters)
         try:
             yield
         except BaseException as error:
             try:
                 self._put_back(capabilities, parameters)
+                self._forget(note)
             except PeerError as second:
                 error.add_note(f"migration settings were not put back: {second}")
             raise
         self._put_back(capabilities, parameters)
+        self._forget(note)
+
+    def put_back_noted(self, note: str) -> bool:
+        """Set migration capabilities and parameters as a note of `saved_settings` says.
+
+        Returns:
+            Whether any of them was another.
+
+        Raises:
+            PeerError: QEMU refused.
+        """
+        try:
+            noted = json.loads(note.removeprefix(SETTINGS_NOTE))
+            capabilities, parameters = dict(noted["capabilities"]), dict(noted["parameters"])
+        except (ValueError, TypeError, KeyError):
+            return False  # another version's
+        before = self.capabilities(), self.parameters()
+        self._put_back(capabilities, parameters)
+        return before != (self.capabilities(), self.parameters())
+
+    def _note_settings(self, capabilities: dict[str, bool], parameters: dict[str, Any]) -> int:
+        """Have QEMU keep the present settings, should we be killed before they are put back."""
+        noted = {"capabilities": capabilities, "parameters": parameters}
+        fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            with signals.deferred():
+                return self.add_descriptor(fd, SETTINGS_NOTE + json.dumps(noted))
+        finally:
+            os.close(fd)
+
+    def _forget(self, note: int) -> None:
+        """Take the note back; another save may have done so, once no migration was under way."""
+        with signals.deferred(), suppress(CommandError):
+            self.remove_descriptors(note)
 
     def _put_back(self, capabilities: dict[str, bool], parameters: dict[str, Any]) -> None:
         """Set what differs from what was saved; all of it, though a signal asks to stop."""
@@ -310,7 +350,9 @@ class Monitor:
             changed = {name: on for name, on in capabilities.items() if now.get(name) != on}
             # Parameters first: some are refused unless the capability they belong to is on.
             values = self.parameters()
-            differing = {name: value for name, value in parameters.items() if values[name] != value}
+            differing = {
+                name: value for name, value in parameters.items() if values.get(name) != value
+            }
             if differing:
                 self.set_parameters(**differing)
             if changed:

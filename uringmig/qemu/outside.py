@@ -25,7 +25,7 @@ from uringmig.format.headers import Configuration
 from uringmig.options import WriteOptions
 from uringmig.progress import ProgressCallback
 from uringmig.qemu.guardian import Standstill, standing_still
-from uringmig.qemu.guardprocess import OURS
+from uringmig.qemu.guardprocess import DEVICES
 from uringmig.qemu.guestfacts import describe_guest
 from uringmig.qemu.guestmemory import GuestMemory, guest_memory
 from uringmig.qemu.monitor import Monitor
@@ -38,7 +38,6 @@ _RAM_SECTION_ID: Final = 0x7FFFFFFF
 _DEVICES: Final = ("/machine/peripheral", "/machine/peripheral-anon")
 #: Devices whose state is more than ``xen-save-devices-state`` writes: how their types begin.
 _ITERATING: Final = ("vfio-",)
-_OPAQUE: Final = f"{OURS} state of the devices"
 
 
 def save_outside(
@@ -205,7 +204,7 @@ def _devices(monitor: Monitor) -> DeviceSections:
         # QEMU looks for a descriptor of exactly this access mode.
         theirs = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_CLOEXEC)
         stack.callback(os.close, theirs)
-        fdset = monitor.add_descriptor(theirs, _OPAQUE)
+        fdset = monitor.add_descriptor(theirs, DEVICES)
         try:
             # live=True, the default, would make the disks of a stopped VM inactive.
             monitor.execute("xen-save-devices-state", filename=f"/dev/fdset/{fdset}", live=False)

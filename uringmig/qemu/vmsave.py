@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from uringmig.errors import BusyError, PeerError
-from uringmig.qemu.guardian import heal
+from uringmig.qemu.leftovers import heal
 from uringmig.qemu.monitor import Monitor
 from uringmig.result import SaveResult
 
@@ -56,7 +56,7 @@ class VmSave:
 def state_to_save(monitor: Monitor) -> tuple[str, tuple[str, ...]]:
     """The guest's run state, and notes; refuse one from which it cannot be saved.
 
-    A guest that an earlier save left stopped, when it was killed, is let go on first.
+    What an earlier save left changed, when it was killed, is put back first.
 
     Raises:
         BusyError: QEMU is migrating, or another save is under way.
