@@ -52,7 +52,8 @@ def live(guest: GuestImage, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 def test_killed_at_random_moments(live: Machine, tmp_path: Path) -> None:
-    """The guest runs on by itself; the image is absent or whole; the next save works."""
+    """The guest runs on by itself; the image is absent or whole; the next save mends settings."""
+    before = live.monitor.capabilities(), live.monitor.parameters()
     source = random.Random(20261124)
     for number in range(10):
         out = tmp_path / f"{number}.mig"
@@ -70,7 +71,9 @@ def test_killed_at_random_moments(live: Machine, tmp_path: Path) -> None:
             read_image(out)
     first = live.console.count()
     live.console.wait_for(rf"^UM count={first + 1}$")
-    assert save_shared(live.monitor, tmp_path / "after.mig").notes == ()
+    notes = save_shared(live.monitor, tmp_path / "after.mig").notes
+    assert all("were put back" in note for note in notes)
+    assert (live.monitor.capabilities(), live.monitor.parameters()) == before
     read_image(tmp_path / "after.mig")
 
 
