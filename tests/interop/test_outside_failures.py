@@ -112,6 +112,7 @@ def test_killed_while_the_guest_stands_still(
     with start_save(live, tmp_path / "vm.mig", rate=4 * MiB) as child:
         wait_for_state(live, "paused")
         [guardian_pid] = children(child.pid)
+        os.kill(guardian_pid, signal.SIGTERM)  # as a service that is stopped sends it to all
         child.send_signal(number)
         child.wait()
         wait_for_state(live, "running")

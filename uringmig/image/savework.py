@@ -93,13 +93,10 @@ class SaveWork:
         # Should the engine fail with requests in flight, this keeps their memory mapped.
         self._views = [memory.view for memory in self._mapped if memory is not None]
         self._copies = len(self._views) < len(blocks)
-        # The buffer given back last is taken first: it is still in the cache.
+        # The buffer given back last is taken first: it is still in the cache. (Of huge pages they
+        # were no faster: a request's pages are looked up one by one all the same.)
         count = options.windows_held if self._copies else 0
-        self._free = (
-            list(aligned_buffer(count * WINDOW_BYTES, huge=True).reshape(-1, WINDOW_BYTES))
-            if count
-            else []
-        )
+        self._free = [aligned_buffer(WINDOW_BYTES) for _ in range(count)]
         self._used: dict[Window, NDArray[np.uint8]] = {}
 
     @property
