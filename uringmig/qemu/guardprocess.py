@@ -8,6 +8,7 @@ only then: what it needs to act is loaded when it acts.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 TYPE_CHECKING = False  # that of typing, which takes as long to load as Python itself
@@ -81,12 +82,10 @@ def put_back(path: str, word: bytes) -> None:
 
 def watch(path: str) -> None:
     """Wait for the end of whoever started us; act unless all is well by then."""
-    os.write(sys.stdout.fileno(), READY)
-    import signal
-
     # Whoever asks a whole service to end asks the saver, too, and its end is ours.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    os.write(sys.stdout.fileno(), READY)
     last = DISARM
     while word := os.read(sys.stdin.fileno(), 1):
         last = word
