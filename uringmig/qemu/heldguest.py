@@ -86,9 +86,9 @@ def hold_guest(monitor: Monitor) -> Iterator[HeldGuest]:
         sizes = {idstr: memory.length_bytes for idstr, memory in memories.items()}
         stream = receive(connection, sizes, on_setup=lambda stream: check_listed(stream, memories))
         held = HeldGuest(HeldContents(monitor, stream, memories))
-        held.contents.notes += tuple(unproved)
+        held.contents.notes += (*healed, *unproved)
         yield held
-        held.notes = (*healed, *let_go(monitor, connection, keep=True))
+        held.notes = tuple(let_go(monitor, connection, keep=True))
         let_go_at = time.monotonic()
     if before == "running" and stream.stopped_at is not None:
         held.stopped_seconds = let_go_at - stream.stopped_at
