@@ -102,14 +102,17 @@ class Guardian:
         )
         if not ready or process.stdout.read(1) != guardprocess.READY:
             raise LimitError("the guardian of the guest did not start")
+        self._tell(word)  # before there is a note that it would have to take back
         with signals.deferred():
             # By another open of the file: a lock belongs to an open, and QEMU is to have none.
             fd = os.open(f"/proc/self/fd/{self._lock}", os.O_RDONLY | os.O_CLOEXEC)
             try:
                 self._note = self._monitor.add_descriptor(fd, guardprocess.NOTES[word])
+            except BaseException:
+                self._tell(guardprocess.DISARM)
+                raise
             finally:
                 os.close(fd)
-        self._tell(word)
 
     def disarm(self) -> None:
         """All is well: the guest is as it is to be."""
