@@ -60,6 +60,13 @@ def children(pid: int) -> list[int]:
     return [int(word) for word in text.split()]
 
 
+def guardian_of(child: subprocess.Popen[bytes]) -> int:
+    """The saver's one child; /proc may miss it for a moment while others come and go (proc(5))."""
+    while not (found := children(child.pid)):
+        assert child.poll() is None, "the save has ended"
+    return found[0]
+
+
 def kept(machine: Machine) -> object:
     monitor = machine.monitor
     return monitor.capabilities(), monitor.parameters(), monitor.descriptors()
@@ -111,7 +118,7 @@ def test_killed_while_the_guest_stands_still(
     before = kept(live)
     with start_save(live, tmp_path / "vm.mig", rate=4 * MiB) as child:
         wait_for_state(live, "paused")
-        [guardian_pid] = children(child.pid)
+        guardian_pid = guardian_of(child)
         os.kill(guardian_pid, signal.SIGTERM)  # as a service that is stopped sends it to all
         child.send_signal(number)
         child.wait()
@@ -135,7 +142,7 @@ def test_all_of_ours_killed_at_once(live: Machine, tmp_path: Path) -> None:
     before = kept(live)
     with start_save(live, tmp_path / "vm.mig", rate=4 * MiB) as child:
         wait_for_state(live, "paused")
-        [guardian_pid] = children(child.pid)
+        guardian_pid = guardian_of(child)
         os.kill(guardian_pid, signal.SIGKILL)
         child.kill()
     assert live.monitor.run_state() == "paused"
@@ -152,7 +159,7 @@ def test_guardian_killed_alone(live: Machine, tmp_path: Path) -> None:
     before = kept(live)
     with start_save(live, tmp_path / "vm.mig", rate=40 * MiB) as child:
         wait_for_state(live, "paused")
-        [guardian_pid] = children(child.pid)
+        guardian_pid = guardian_of(child)
         os.kill(guardian_pid, signal.SIGKILL)
         assert child.wait() == 0
     assert live.monitor.run_state() == "running"
