@@ -43,6 +43,13 @@ def shared_folder() -> Iterator[Path]:
         yield Path(name)
 
 
+def let_everybody_search(folder: Path) -> None:
+    """Open a folder of pytest's, which is its owner's only, and those above it."""
+    for one in (folder, *folder.parents):
+        if one.stat().st_uid == os.geteuid() and one.stat().st_mode & 0o005 != 0o005:
+            one.chmod(0o755)
+
+
 def as_nobody(folder: Path, *arguments: object) -> Ended:
     """Run the program to its end.
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from archiveentries import add_entry, publish_hot_image, put_damage
+from otheruser import let_everybody_search
 from smallguests import left_in, make_guest
 
 from uringmig.archive.damagenotes import Damage
@@ -535,8 +536,7 @@ def test_folder_that_cannot_be_written_is_read_all_the_same(archive: Archive) ->
     )
     if os.geteuid():
         pytest.skip("becoming another user needs root")
-    for path in [archive.path, *archive.path.parents[:3]]:
-        os.chmod(path, 0o755)  # noqa: PTH101
+    let_everybody_search(archive.path)
     for path in archive.path.iterdir():
         path.chmod(0o644)
     command = [sys.executable, "-c", code, str(archive.path)]

@@ -18,6 +18,7 @@ import pytest
 from archiveentries import add_entry
 from commandline import uringmig
 from loopdisk import mounted, needs, run
+from otheruser import let_everybody_search
 from smallguests import MIB
 
 from uringmig.archive.directory import Archive
@@ -159,8 +160,7 @@ def test_folder_whose_files_cannot_be_looked_at_is_told(tmp_path: Path) -> None:
     needs()
     with Archive.open(tmp_path / "a", write=True) as archive:
         add_entry(archive, "e1")
-    for path in [*tmp_path.parents[:3], tmp_path]:
-        path.chmod(0o755)
+    let_everybody_search(tmp_path)
     archive.path.chmod(0o444)
     code = (
         "import os, sys; from uringmig.archive.directory import Archive\n"

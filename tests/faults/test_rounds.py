@@ -147,6 +147,24 @@ def test_page_that_became_a_hole_is_zero_in_the_image(
     assert not verify(tmp_path / "vm").mismatches
 
 
+def test_a_hole_of_a_dense_block_is_written_where_an_earlier_round_wrote(tmp_path: Path) -> None:
+    """Its slot is not fresh any more. The hole before has the memory asked anew where data is."""
+    memfd = create_memfd("ram", 8 * MIB)
+    memory, file = FileMemory(memfd, writable=True), MainFile(memfd, "ram")
+    memory.view[:] = 1
+    file.punch_hole(4 * MIB, MIB)
+    with MappedRamWriter(tmp_path / "vm", [RamBlock("ram", memory, dense=True)]) as writer:
+        writer.write_all()
+        file.punch_hole(0, MIB)
+        writer.write_pages("ram", np.arange(MIB // PAGE))
+        writer.finish()
+    expected = memory.view.tobytes()
+    memory.close()
+    os.close(memfd)
+    assert read_image(tmp_path / "vm").contents["ram"] == expected
+    assert expected[:MIB] == bytes(MIB)
+
+
 def test_gap_is_bridged_only_over_pages_of_this_round(tmp_path: Path) -> None:
     """Zeros written over a page of an earlier round, to save a request, would destroy it."""
     memory, log = np.full(MIB, 1, np.uint8), RequestLog()

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from commandline import uringmig
 from imagereader import read_image
-from otheruser import NOBODY
+from otheruser import NOBODY, let_everybody_search
 from realguest import FILL_BYTES, GUEST_BYTES, StartMachine, shared_path
 
 from uringmig.errors import HostError, StorageError
@@ -217,8 +217,7 @@ def test_no_guardian_no_standstill(
 def test_no_right_to_read(live: Machine, tmp_path: Path) -> None:
     """Another user: exit 6, one line that says who is who; the guest is not stopped."""
     live.qmp_path.chmod(0o777)
-    for folder in (live.folder, *live.folder.parents[:2]):
-        folder.chmod(0o755)
+    let_everybody_search(live.folder)
     tmp_path.chmod(0o777)
     program = (
         "import os, sys\n"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from realguest import shared_path
 from smallguests import MIB, OPTIONS, PAGE, aligned, check_image, left_in
 
 from uringmig import Configuration, FileMemory
@@ -21,9 +22,9 @@ RAM_BYTES = 64 * MIB
 
 
 @pytest.fixture
-def ram(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def ram() -> Iterator[Path]:
     """A file of shared memory with data here and there, holes elsewhere, and pages of zeros."""
-    path = Path("/dev/shm") / tmp_path_factory.mktemp("ram").name
+    path = shared_path()
     memory = np.zeros(RAM_BYTES, np.uint8)
     bits = np.zeros(RAM_BYTES // PAGE, np.bool_)
     bits[np.random.default_rng(2).integers(0, len(bits), 300)] = True
