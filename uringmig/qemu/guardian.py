@@ -106,6 +106,8 @@ class Guardian:
         with signals.deferred():
             # By another open of the file: a lock belongs to an open, and QEMU is to have none.
             fd = os.open(f"/proc/self/fd/{self._lock}", os.O_RDONLY | os.O_CLOEXEC)
+            # Should we die before we know that QEMU has the note, it does not stay either.
+            self._tell(guardprocess.TIDY)
             try:
                 self._note = self._monitor.add_descriptor(fd, guardprocess.NOTES[word])
             except BaseException:
