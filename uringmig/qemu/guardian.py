@@ -102,12 +102,11 @@ class Guardian:
         )
         if not ready or process.stdout.read(1) != guardprocess.READY:
             raise LimitError("the guardian of the guest did not start")
-        self._tell(word)  # before there is a note that it would have to take back
+        # Should we die before we know that QEMU has the note, it does not stay either.
+        self._tell(word)
         with signals.deferred():
             # By another open of the file: a lock belongs to an open, and QEMU is to have none.
             fd = os.open(f"/proc/self/fd/{self._lock}", os.O_RDONLY | os.O_CLOEXEC)
-            # Should we die before we know that QEMU has the note, it does not stay either.
-            self._tell(guardprocess.TIDY)
             try:
                 self._note = self._monitor.add_descriptor(fd, guardprocess.NOTES[word])
             except BaseException:
