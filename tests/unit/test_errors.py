@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import pickle
 
 import pytest
 
@@ -15,8 +16,10 @@ from uringmig.errors import (
     PeerError,
     StateError,
     StorageError,
+    StorageLimitError,
     UringmigError,
 )
+from uringmig.qemu.qmp import CommandError
 
 
 @pytest.mark.parametrize(
@@ -86,3 +89,19 @@ def test_storage_error_takes_a_number_without_a_name() -> None:
 )
 def test_error_knows_whether_it_may_pass(error: UringmigError, passes: bool) -> None:
     assert error.may_pass is passes
+
+
+def kinds_of(base: type[UringmigError]) -> set[type[UringmigError]]:
+    return {base}.union(*(kinds_of(kind) for kind in base.__subclasses__()))
+
+
+def test_every_error_crosses_to_another_process() -> None:
+    """A worker's error is its runner's: the same class, line and attributes."""
+    special = {
+        CommandError: CommandError("cont", "not now"),
+        StorageLimitError: StorageError("cannot open", errno=errno.EMFILE, path="/a"),
+    }
+    for kind in kinds_of(UringmigError):
+        error = special.get(kind) or kind("it failed")
+        copy = pickle.loads(pickle.dumps(error))
+        assert (type(copy), str(copy), vars(copy)) == (kind, str(error), vars(error))

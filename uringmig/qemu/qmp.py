@@ -56,6 +56,10 @@ class CommandError(PeerError):
         self.description = description
         super().__init__(f"QEMU refused {command}: {description}")
 
+    def __reduce__(self) -> tuple[type[CommandError], tuple[str, str], dict[str, Any]]:
+        """Be made again from its own arguments in another process, not from the message."""
+        return type(self), (self.command, self.description), vars(self)
+
 
 class QmpConnection:
     """One connection, past its greeting and the negotiation of capabilities.
