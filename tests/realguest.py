@@ -81,6 +81,12 @@ def saved_guest(guest: GuestImage, tmp_path_factory: pytest.TempPathFactory) -> 
     return SavedGuest(image, guest, digest, count)
 
 
+def assert_goes_on(machine: Machine) -> None:
+    """The guest's counter is seen to go up by one."""
+    first = machine.console.count()
+    machine.console.wait_for(rf"^UM count={first + 1}$")
+
+
 def save_by_qemu(machine: Machine, image: Path, *, multifd: bool, direct: bool) -> None:
     """QEMU's own mapped-ram save, not throttled."""
     monitor = machine.monitor

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from imagereader import read_image
-from realguest import FILL_BYTES, GUEST_BYTES, StartMachine, shared_path
+from realguest import FILL_BYTES, GUEST_BYTES, StartMachine, assert_goes_on, shared_path
 
 from uringmig.errors import PeerError, StorageError
 from uringmig.progress import Snapshot
@@ -47,11 +47,6 @@ def host_bytes(machine: Machine) -> int:
     """Memory of the host that QEMU has: its own pages, and those of its RAM's file."""
     rollup = Path(f"/proc/{machine.process.pid}/smaps_rollup").read_text()
     return 1024 * int(rollup.split("Rss:")[1].split()[0])
-
-
-def assert_goes_on(machine: Machine) -> None:
-    first = machine.console.count()
-    machine.console.wait_for(rf"^UM count={first + 1}$")
 
 
 def assert_nothing_left(out: Path) -> None:

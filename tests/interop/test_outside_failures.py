@@ -16,7 +16,7 @@ import pytest
 from commandline import uringmig
 from imagereader import read_image
 from otheruser import NOBODY, let_everybody_search
-from realguest import FILL_BYTES, GUEST_BYTES, StartMachine, shared_path
+from realguest import FILL_BYTES, GUEST_BYTES, StartMachine, assert_goes_on, shared_path
 
 from uringmig.errors import HostError, StorageError
 from uringmig.qemu import guardian, guestmemory
@@ -84,11 +84,6 @@ def live(guest: GuestImage, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     ) as machine:
         machine.console.wait_until_ready()
         yield machine
-
-
-def assert_goes_on(machine: Machine) -> None:
-    first = machine.console.count()
-    machine.console.wait_for(rf"^UM count={first + 1}$")
 
 
 def test_killed_at_random_moments(live: Machine, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from imagereader import read_image
-from realguest import StartMachine, save_by_qemu, shared_path
+from realguest import StartMachine, assert_goes_on, save_by_qemu, shared_path
 
 from uringmig.errors import PeerError, StorageError
 from uringmig.memory.mapping import FileMemory
@@ -31,11 +31,6 @@ SMALL_BYTES = 64 * MiB
 
 def settings(machine: Machine) -> tuple[dict[str, bool], dict[str, Any]]:
     return machine.monitor.capabilities(), machine.monitor.parameters()
-
-
-def assert_goes_on(machine: Machine) -> None:
-    first = machine.console.count()
-    machine.console.wait_for(rf"^UM count={first + 1}$")
 
 
 def assert_nothing_left(out: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from imagereader import read_image
-from realguest import FILL_BYTES, GUEST_BYTES, StartMachine, shared_path
+from realguest import FILL_BYTES, GUEST_BYTES, StartMachine, assert_goes_on, shared_path
 
 from uringmig.errors import PeerError, StorageError
 from uringmig.qemu import receiving, sharedram
@@ -69,8 +69,7 @@ def test_killed_at_random_moments(live: Machine, tmp_path: Path) -> None:
         assert live.monitor.run_state() == "running"
         if out.exists():
             read_image(out)
-    first = live.console.count()
-    live.console.wait_for(rf"^UM count={first + 1}$")
+    assert_goes_on(live)
     notes = save_shared(live.monitor, tmp_path / "after.mig").notes
     assert all("were put back" in note for note in notes)
     assert (live.monitor.capabilities(), live.monitor.parameters()) == before
@@ -89,8 +88,7 @@ def test_full_disk(live: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert list(tmp_path.iterdir()) == []
     assert (live.monitor.capabilities(), live.monitor.parameters()) == before
     assert live.monitor.run_state() == "running"
-    first = live.console.count()
-    live.console.wait_for(rf"^UM count={first + 1}$")
+    assert_goes_on(live)
 
 
 def test_qemu_that_falls_silent(

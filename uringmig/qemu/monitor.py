@@ -210,6 +210,11 @@ class Monitor:
         """``STOP`` and ``RESUME`` as they came so far, whoever had the guest stop or go on."""
         return tuple(self._connection.run_events)
 
+    def machine_type(self) -> str:
+        """The machine type as images have it, for example ``pc-q35-10.0``."""
+        kind = str(self.execute("qom-get", path="/machine", property="type"))
+        return kind.removesuffix("-machine")
+
     def run_state(self) -> str:
         """QEMU's word for the guest's state: ``running``, ``paused``, ``inmigrate``, ..."""
         return str(self.execute("query-status")["status"])

@@ -160,12 +160,11 @@ def _state_after(monitor: Monitor) -> str | None:
 
 def _configuration(monitor: Monitor) -> Configuration:
     """What QEMU would put at the beginning of its own image."""
-    kind = str(monitor.execute("qom-get", path="/machine", property="type"))
     identity = b""
     if monitor.capabilities().get("validate-uuid"):
         identity = uuid.UUID(monitor.execute("query-uuid")["UUID"]).bytes
     return Configuration(
-        kind.removesuffix("-machine"),
+        monitor.machine_type(),
         (CAPABILITY_MAPPED_RAM,),
         uuid=identity if any(identity) else None,  # QEMU has none unless it was told
     )

@@ -223,8 +223,7 @@ def check_machine(monitor: Monitor, machine: str) -> None:
     Raises:
         MismatchError: names both.
     """
-    kind = str(monitor.execute("qom-get", path="/machine", property="type"))
-    found = kind.removesuffix("-machine")
+    found = monitor.machine_type()
     if found != machine:
         raise MismatchError(
             "machine type of the image is not the waiting QEMU's", expected=machine, found=found
