@@ -1,43 +1,32 @@
 """Save a VM from outside: no migration runs, and no setting of QEMU's changes.
 
-The guest is stopped; QEMU writes the state of its devices into a memory file of ours
-(``xen-save-devices-state``, which has nothing of Xen in it and takes milliseconds); its memory is
-mapped or read in its process; then it goes on, and the image is finished and published afterwards.
-That the guest stood still in between is proved by its clock, which is part of the state of its
-devices and is asked for once more at the end.
+The guest is stopped; the state of its devices is taken (`moment`); its memory is mapped or read in
+its process; then it goes on, and the image is finished and published afterwards.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
-import uuid
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Final
 
-from uringmig import signals
-from uringmig.errors import BusyError, PeerError
-from uringmig.format.constants import CAPABILITY_MAPPED_RAM, TAIL_BYTES_MAX
-from uringmig.format.devicesections import DeviceSections
-from uringmig.format.headers import Configuration
+from uringmig.errors import PeerError
 from uringmig.options import WriteOptions
 from uringmig.progress import ProgressCallback
 from uringmig.qemu.guardian import Standstill, standing_still
-from uringmig.qemu.guardprocess import DEVICES
 from uringmig.qemu.guestfacts import describe_guest
 from uringmig.qemu.guestmemory import GuestMemory, guest_memory
+from uringmig.qemu.moment import (
+    RAM_SECTION_ID,
+    Moment,
+    configuration_of,
+    refuse_what_is_more,
+)
 from uringmig.qemu.monitor import Monitor
 from uringmig.qemu.vmsave import DONE_BUT, Then, VmSave, state_to_save
 from uringmig.result import SaveResult
 from uringmig.writer import MappedRamWriter, RamBlock
-
-#: Id of the ram section: QEMU counts its devices' from 0, and takes them for signed numbers.
-_RAM_SECTION_ID: Final = 0x7FFFFFFF
-_DEVICES: Final = ("/machine/peripheral", "/machine/peripheral-anon")
-#: Devices whose state is more than ``xen-save-devices-state`` writes: how their types begin.
-_ITERATING: Final = ("vfio-",)
 
 
 def save_outside(
@@ -65,7 +54,7 @@ def save_outside(
         StorageError: the image cannot be written; the guest is as it was.
     """
     _, healed = state_to_save(monitor)
-    _refuse_what_is_more(monitor)
+    refuse_what_is_more(monitor)
     with ExitStack() as stack:
         memory = stack.enter_context(guest_memory(monitor))
         still = stack.enter_context(standing_still(monitor))
@@ -75,8 +64,8 @@ def save_outside(
                 out,
                 [RamBlock(b.idstr, memory.memory_of(b.idstr)) for b in memory.blocks],
                 options=options,
-                configuration=_configuration(monitor),
-                section_id=_RAM_SECTION_ID,
+                configuration=configuration_of(monitor),
+                section_id=RAM_SECTION_ID,
                 progress=progress,
             )
         )
@@ -113,19 +102,10 @@ def _write(
     Returns:
         The image, what went amiss, and how long the guest stood still, in seconds.
     """
-    began = time.monotonic()
-    devices = _devices(monitor)
-    received = time.monotonic() - began
-    run_state = still.found
-    if still.live:  # it may have fallen asleep, or woken up, between the look and the stop
-        run_state = "suspended" if devices.suspended else "running"
-    state = devices.device_state(_RAM_SECTION_ID, run_state)
-    if not memory.is_still(monitor.ram_blocks()):
-        raise BusyError("the VM's RAM changed as it was to be saved; try again")
+    moment = Moment(monitor, memory, still)
     writer.write_all()
     guest, notes = describe_guest(monitor) if facts else (None, ())
-    if still.disturbed or _devices(monitor).clock != devices.clock:
-        raise PeerError("another client let the guest go on before its memory was saved")
+    moment.check()
     amiss = []
     if then in (None, "cont"):
         try:
@@ -133,9 +113,9 @@ def _write(
         except PeerError as error:
             amiss.append(f"{DONE_BUT} {error}")
     stopped = time.monotonic() - still.stopped_at
-    image = writer.finish(state, guest=guest)
-    image = replace(image, time=replace(image.time, receive=received), notes=(*image.notes, *notes))
-    return image, amiss, stopped
+    image = writer.finish(moment.state, guest=guest)
+    told = replace(image.time, receive=moment.received_seconds)
+    return replace(image, time=told, notes=(*image.notes, *notes)), amiss, stopped
 
 
 def _go_on(monitor: Monitor, then: Then | None, still: Standstill) -> list[str]:
@@ -156,61 +136,3 @@ def _state_after(monitor: Monitor) -> str | None:
         return monitor.run_state()
     except PeerError:
         return None
-
-
-def _configuration(monitor: Monitor) -> Configuration:
-    """What QEMU would put at the beginning of its own image."""
-    identity = b""
-    if monitor.capabilities().get("validate-uuid"):
-        identity = uuid.UUID(monitor.execute("query-uuid")["UUID"]).bytes
-    return Configuration(
-        monitor.machine_type(),
-        (CAPABILITY_MAPPED_RAM,),
-        uuid=identity if any(identity) else None,  # QEMU has none unless it was told
-    )
-
-
-def _refuse_what_is_more(monitor: Monitor) -> None:
-    """Refuse a VM with a device that QEMU cannot save, or saves in another way than is used here.
-
-    Raises:
-        PeerError: names it.
-    """
-    # Asked for its state nevertheless, QEMU dies (10.0: nvme).
-    reasons = monitor.migration().info.get("blocked-reasons")
-    if reasons:
-        raise PeerError(f"this VM cannot be saved: {'; '.join(map(str, reasons))}")
-    for folder in _DEVICES:
-        for entry in monitor.execute("qom-list", path=folder):
-            kind = str(entry["type"]).removeprefix("child<").removesuffix(">")
-            if kind.startswith(_ITERATING):
-                raise PeerError(
-                    f"this VM cannot be saved: the state of {kind} {entry['name']!r} is more than "
-                    "can be read from outside"
-                )
-
-
-def _devices(monitor: Monitor) -> DeviceSections:
-    """The state of all devices of a guest that stands still.
-
-    Raises:
-        PeerError: QEMU refuses, or writes too much.
-        FormatError: it is not as expected.
-    """
-    with signals.deferred(), ExitStack() as stack:  # it takes milliseconds
-        fd = os.memfd_create("uringmig-devices", os.MFD_CLOEXEC)
-        stack.callback(os.close, fd)
-        # QEMU looks for a descriptor of exactly this access mode.
-        theirs = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_CLOEXEC)
-        stack.callback(os.close, theirs)
-        fdset = monitor.add_descriptor(theirs, DEVICES)
-        try:
-            # live=True, the default, would make the disks of a stopped VM inactive.
-            monitor.execute("xen-save-devices-state", filename=f"/dev/fdset/{fdset}", live=False)
-        finally:
-            with contextlib.suppress(PeerError):
-                monitor.remove_descriptors(fdset)
-        size = os.fstat(fd).st_size
-        if size > TAIL_BYTES_MAX:
-            raise PeerError(f"QEMU's device state has {size} bytes, more than is taken")
-        return DeviceSections.parse(os.pread(fd, size, 0))
