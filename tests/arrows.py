@@ -93,6 +93,7 @@ ARROWS: Final[dict[str, tuple[str, ...]]] = {
     "image": (
         "format", "memory.source", "pages", "progress", "signals", "storage", "transfer.plan",
     ),
+    "image.changed": ("image.digest",),
     "image.digest": (),
     "image.guestfacts": ("format.constants",),
     "image.manifest": ("image.digest", "image.guestfacts"),

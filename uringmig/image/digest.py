@@ -7,7 +7,7 @@ zero bytes they stand for, so a digest is that of the guest's memory, however it
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 import numpy as np
@@ -64,33 +64,62 @@ def sparse_digest(memory: NDArray[np.uint8], start: list[int], length: list[int]
 def piecewise_digest(
     memory: NDArray[np.uint8], start: list[int], length: list[int]
 ) -> tuple[bytes, NDArray[np.uint8]]:
-    """As `sparse_digest`, and with it the digests of the window's pieces.
-
-    Returns:
-        The window's; and of each `PIECE_BYTES` the first bytes of its own: uint8, (pieces,
-        `PIECE_DIGEST_BYTES`). Where all around a piece is a hole too, it may be zero instead.
-    """
+    """As `sparse_digest`, and with it the digests of the window's pieces, as `piece_digests`."""
     state = xxhash.xxh3_128()
     found: list[bytes] = []
+    for group, length_bytes in _groups(memory, start, length):
+        found += _of_pieces(group, length_bytes)
+        state.update(memoryview(_ZEROS)[:length_bytes] if group is None else group)
+    return state.digest(), _table(found)
+
+
+def piece_digests(
+    memory: NDArray[np.uint8], start: list[int], length: list[int]
+) -> NDArray[np.uint8]:
+    """Digests of a window's pieces, of which only the given extents (bytes, sorted) may be read.
+
+    Returns:
+        Of each `PIECE_BYTES` the first bytes of its digest: uint8, (pieces, `PIECE_DIGEST_BYTES`).
+        Where all around a piece is a hole too, it may be zero instead.
+    """
+    found: list[bytes] = []
+    for group, length_bytes in _groups(memory, start, length):
+        found += _of_pieces(group, length_bytes)
+    return _table(found)
+
+
+def _groups(
+    memory: NDArray[np.uint8], start: list[int], length: list[int]
+) -> Iterator[tuple[memoryview | None, int]]:
+    """A window, `_GROUP_BYTES` at a time, with zeros in its holes; None is nothing but hole."""
     count = 0
     for at in range(0, len(memory), _GROUP_BYTES):
         end = min(at + _GROUP_BYTES, len(memory))
         while count < len(start) and start[count] + length[count] <= at:
             count += 1
         if count == len(start) or start[count] >= end:
-            found += [bytes(DIGEST_BYTES)] * div_ceil(end - at, PIECE_BYTES)
-            state.update(memoryview(_ZEROS)[: end - at])
-            continue
-        group = memory[at:end].data
-        if start[count] > at or start[count] + length[count] < end:
-            group = _filled(memory, at, end, start[count:], length[count:]).data
-        found += [
-            xxhash.xxh3_128_digest(group[first : first + PIECE_BYTES])
-            for first in range(0, end - at, PIECE_BYTES)
-        ]
-        state.update(group)
-    pieces = np.frombuffer(b"".join(found), np.uint8).reshape(-1, DIGEST_BYTES)
-    return state.digest(), pieces[:, :PIECE_DIGEST_BYTES]
+            yield None, end - at
+        elif start[count] > at or start[count] + length[count] < end:
+            yield _filled(memory, at, end, start[count:], length[count:]).data, end - at
+        else:
+            yield memory[at:end].data, end - at
+
+
+def _of_pieces(group: memoryview | None, length_bytes: int) -> list[bytes]:
+    """Digests of the pieces of a group."""
+    if group is None:
+        return [bytes(DIGEST_BYTES)] * div_ceil(length_bytes, PIECE_BYTES)
+    return [
+        xxhash.xxh3_128_digest(group[first : first + PIECE_BYTES])
+        for first in range(0, length_bytes, PIECE_BYTES)
+    ]
+
+
+def _table(found: list[bytes]) -> NDArray[np.uint8]:
+    """What is kept of each digest."""
+    return np.frombuffer(b"".join(found), np.uint8).reshape(-1, DIGEST_BYTES)[
+        :, :PIECE_DIGEST_BYTES
+    ]
 
 
 def _filled(
