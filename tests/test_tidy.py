@@ -47,6 +47,7 @@ PURE: Final = frozenset(
         "transfer.plan",
         "transfer.slots",
         "storage.requests",
+        "image.changed",
         "image.manifest",
         "image.digest",
         "image.window",

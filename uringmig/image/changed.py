@@ -12,10 +12,10 @@ again: what has another digest now is written once more, and nothing else is. Fo
 2. Wait until everything has been written; stop the guest.
 3. Second pass, for each window: ``look = look_again(kept, memory, start, length)``, of what may be
    read of it now: holes come and go meanwhile. Memory may lie where it lies, since it stands still.
-   Where ``look.changed`` is not empty, write what `SecondLook.pages` says, or the whole window where no
-   less can be written, keep ``look.pieces`` in the place of what was kept, and take the window's
-   own digest anew. A window that is a hole now and had only zeros in it (`holds_zeros`) need not be
-   looked at.
+   Where ``look.changed`` is not empty, write what `SecondLook.pages` says, or the whole window
+   where no less can be written, keep ``look.pieces`` in the place of what was kept, and take the
+   window's own digest anew. A window that is a hole now and had only zeros in it (`holds_zeros`)
+   need not be looked at.
 
 Digests are xxh3's: a guest that is out to fool them could hide a change from its own image.
 """
