@@ -57,10 +57,11 @@ def test_all_of_a_buffer_is_data() -> None:
     assert BufferMemory(bytearray(SIZE)).next_data(2 * PAGE) == 2 * PAGE
 
 
-def test_prefault_of_a_buffer_changes_nothing() -> None:
+def test_mapping_a_buffer_in_or_out_changes_nothing() -> None:
     buffer = bytearray(range(256)) * (SIZE // 256)
     memory = BufferMemory(buffer)
     memory.prefault(start=0, length=SIZE)
+    memory.map_out(start=0, length=SIZE)
     assert memory.view.tobytes() == bytes(buffer) == bytes(range(256)) * (SIZE // 256)
 
 

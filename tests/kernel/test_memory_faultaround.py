@@ -13,6 +13,7 @@ import pytest
 from uringmig.memory import faultaround
 from uringmig.memory.faultaround import FaultAround
 from uringmig.memory.mapping import FileMemory
+from uringmig.writer import MappedRamWriter, RamBlock
 
 PAGE = 4096
 LENGTH = 8 << 20
@@ -51,6 +52,29 @@ def test_a_range_is_mapped_in(data: int, start: int, pages: int) -> None:
         assert len(left_out) <= (1 if pages > 1 else 0), left_out
         # What lies around is mapped in too, but nothing beyond 64 KiB.
         assert not found[start + pages + 16 :].any()
+
+
+def test_a_range_is_mapped_out_and_keeps_its_pages(data: int) -> None:
+    """It can be read as before, and no other range is touched."""
+    with closing(FileMemory(data)) as memory:
+        memory.prefault(start=0, length=512 * PAGE)
+        bytes_of = memory.view[: 512 * PAGE].tobytes()
+        blocks = os.fstat(data).st_blocks
+        memory.map_out(start=0, length=256 * PAGE)
+        found = mapped_pages(memory)
+        assert not found[:256].any()
+        assert np.count_nonzero(~found[256:512]) <= 1
+        assert os.fstat(data).st_blocks == blocks
+        assert memory.view[: 512 * PAGE].tobytes() == bytes_of
+
+
+def test_a_save_leaves_no_page_mapped(data: int, tmp_path: Path) -> None:
+    """To unmap them at its end takes as long, and then the disk has nothing to do."""
+    with closing(FileMemory(data)) as memory:
+        with MappedRamWriter(tmp_path / "vm.mig", [RamBlock("ram", memory)]) as writer:
+            writer.write_all()
+            assert not mapped_pages(memory).any()
+            writer.finish()
 
 
 def test_no_hole_is_allocated(data: int) -> None:

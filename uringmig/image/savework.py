@@ -147,9 +147,13 @@ class SaveWork:
             block.put_digests(start, view[at : at + length], part)
 
     def finished(self, window: Window) -> None:
-        """Take the window's buffer back, if it had one: its pages are where they belong."""
+        """Let go of the window's memory: its pages are where they belong."""
         if (buffer := self._used.pop(window, None)) is not None:
             self._free.append(buffer)
+        memory = self._mapped[window.block_index]
+        if memory is not None:
+            # Now, while the device works for other windows, and not at the end of the save.
+            memory.map_out(start=window.start_bytes, length=window.length_bytes)
 
     def _seen(self, block: SavedBlock, window: Window, data: Extents) -> NDArray[np.uint8]:
         """The window's bytes: where they lie, or as they were copied; only ``data`` of them."""

@@ -65,6 +65,9 @@ class BufferMemory:
     def prefault(self, *, start: int, length: int) -> None:
         """Do nothing: memory of this process is mapped already, or when it is first read."""
 
+    def map_out(self, *, start: int, length: int) -> None:
+        """Do nothing: memory of this process is its own."""
+
     def close(self) -> None:
         """Let go of the buffer; further calls do nothing."""
         self._view = None

@@ -203,6 +203,10 @@ class FileMemory:
             return
         _LIBC.madvise(self.address + start, length, MADV_POPULATE_READ)
 
+    def map_out(self, *, start: int, length: int) -> None:
+        """Unmap a range; see `MemorySource.map_out`. The file keeps its pages."""
+        _LIBC.madvise(self.address + start, length, mmap.MADV_DONTNEED)
+
     def _data_ranges(self, first: int, limit: int) -> list[tuple[int, int]]:
         """Ask SEEK_DATA and SEEK_HOLE; file offsets, rounded outwards to pages."""
         ranges = []

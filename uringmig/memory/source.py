@@ -129,6 +129,12 @@ class MemorySource(Protocol):
         would allocate.
         """
 
+    def map_out(self, *, start: int, length: int) -> None:
+        """Unmap pages that are done with; reading them works as before, and maps them in anew.
+
+        It only saves time: `close` would have to unmap them all, when there is nothing else to do.
+        """
+
     def close(self) -> None:
         """Let go of the memory; further calls do nothing."""
 

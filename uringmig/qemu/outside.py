@@ -53,11 +53,12 @@ def save_outside(
         FormatError: QEMU's device state is not as expected; the guest is as it was.
         StorageError: the image cannot be written; the guest is as it was.
     """
-    _, healed = state_to_save(monitor)
-    refuse_what_is_more(monitor)
     with ExitStack() as stack:
-        memory = stack.enter_context(guest_memory(monitor))
+        # First of all: its process comes up while the guest is looked at.
         still = stack.enter_context(standing_still(monitor))
+        _, healed = state_to_save(monitor)
+        refuse_what_is_more(monitor)
+        memory = stack.enter_context(guest_memory(monitor))
         # What cannot be written at all shows before the guest is stopped.
         writer = stack.enter_context(
             MappedRamWriter(
@@ -103,8 +104,10 @@ def _write(
         The image, what went amiss, and how long the guest stood still, in seconds.
     """
     moment = Moment(monitor, memory, still)
-    writer.write_all()
-    guest, notes = describe_guest(monitor) if facts else (None, ())
+    guest, notes = None, ()
+    for _ in writer.iter_write_all():
+        if facts and guest is None:  # while the channels write
+            guest, notes = describe_guest(monitor)
     moment.check()
     amiss = []
     if then in (None, "cont"):
