@@ -70,11 +70,13 @@ def test_a_range_is_mapped_out_and_keeps_its_pages(data: int) -> None:
 
 def test_a_save_leaves_no_page_mapped(data: int, tmp_path: Path) -> None:
     """To unmap them at its end takes as long, and then the disk has nothing to do."""
-    with closing(FileMemory(data)) as memory:
-        with MappedRamWriter(tmp_path / "vm.mig", [RamBlock("ram", memory)]) as writer:
-            writer.write_all()
-            assert not mapped_pages(memory).any()
-            writer.finish()
+    with (
+        closing(FileMemory(data)) as memory,
+        MappedRamWriter(tmp_path / "vm.mig", [RamBlock("ram", memory)]) as writer,
+    ):
+        writer.write_all()
+        assert not mapped_pages(memory).any()
+        writer.finish()
 
 
 def test_no_hole_is_allocated(data: int) -> None:

@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 from uringmig.errors import PeerError
+from uringmig.image.guestfacts import GuestFacts
 from uringmig.options import WriteOptions
 from uringmig.progress import ProgressCallback
 from uringmig.qemu.guardian import Standstill, standing_still
@@ -104,7 +105,8 @@ def _write(
         The image, what went amiss, and how long the guest stood still, in seconds.
     """
     moment = Moment(monitor, memory, still)
-    guest, notes = None, ()
+    guest: GuestFacts | None = None
+    notes: tuple[str, ...] = ()
     for _ in writer.iter_write_all():
         if facts and guest is None:  # while the channels write
             guest, notes = describe_guest(monitor)
