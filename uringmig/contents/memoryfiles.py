@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass, replace
 from typing import Self
 
 from uringmig.contents.devicestream import DeviceStream, read_device_state
-from uringmig.contents.source import ContentsBlock, Row, WindowRead, row_of, window_of
+from uringmig.contents.live import MemoryReader
+from uringmig.contents.source import ContentsBlock, Row, WindowRead, window_of
 from uringmig.errors import MismatchError, StateError
 from uringmig.format.constants import CAPABILITY_MAPPED_RAM
 from uringmig.format.device_state import DeviceState
@@ -22,7 +23,9 @@ from uringmig.format.headers import Configuration
 from uringmig.image.guestfacts import GuestFacts
 from uringmig.memory.array import BufferMemory
 from uringmig.memory.mapping import FileMemory
-from uringmig.memory.source import Extents, MemorySource
+from uringmig.memory.source import MemorySource
+from uringmig.options import PAGE_SIZE
+from uringmig.storage.buffers import aligned_buffer
 from uringmig.storage.mainfile import open_for_reading
 
 
@@ -44,7 +47,7 @@ class MemoryFileBlock:
 
 
 class MemoryContents:
-    """Memory at hand, with the device state that goes with it; see `contents.source.Contents`.
+    """Memory at hand, with the device state that goes with it; see `contents.live.LiveContents`.
 
     Args:
         path: what the operator is told.
@@ -100,6 +103,15 @@ class MemoryContents:
         """Each block's memory, in their order, for whoever can write from where it lies."""
         return tuple(self._memories)
 
+    def runs(self) -> bool:
+        """Never: its guest stands still, or there is none."""
+        return False
+
+    def standstill(self) -> AbstractContextManager[None]:
+        """See `LiveContents`; it stands still all the time."""
+        self._check_open()
+        return nullcontext()
+
     def device_state(self) -> DeviceState:
         """The device sections, as a mapped-ram image has them."""
         return self._stream.device_state()
@@ -119,19 +131,10 @@ class MemoryContents:
 
     def windows(self, rows: Sequence[Row]) -> Iterator[WindowRead]:
         """See `Contents`; the windows are views of the memory itself, in the order asked for."""
-        windows = [window_of(self.blocks, row) for row in rows]
-        for window in windows:
+        reader, unused = MemoryReader(self._memories), aligned_buffer(PAGE_SIZE)
+        for window in [window_of(self.blocks, row) for row in rows]:
             self._check_open()
-            memory = self._memories[window.block_index]
-            first, length = window.start_bytes, window.length_bytes
-            found = memory.data_extents(start=first, length=length)
-            for start, count in zip(found.start.tolist(), found.length.tolist(), strict=True):
-                memory.prefault(start=start, length=count)
-            data = None
-            if found.total_bytes < length:
-                data = Extents(found.start - first, found.length.copy())
-            view = memory.view[first : first + length]
-            yield WindowRead(*row_of(window), view, data)
+            yield reader.read(window, unused)
 
     def close(self) -> None:
         """Let go of the memory; harmless when called again."""

@@ -19,9 +19,12 @@ from uringmig.memory.mapping import FileMemory
 from uringmig.memory.pagemap import Pagemap
 from uringmig.memory.source import Extents, check_range
 from uringmig.options import PAGE_SIZE
+from uringmig.units import MiB
 
 #: UIO_MAXIOV, include/uapi/linux/uio.h: most ranges in one call.
 _RANGES_MAX: Final = 1024
+#: Looked at in one go to be counted: of so much there are not too many extents to hold.
+_COUNTED_BYTES: Final = 64 * MiB
 
 _LIBC: Final = ctypes.CDLL(None, use_errno=True)
 _LIBC.process_vm_readv.restype = ctypes.c_ssize_t
@@ -84,6 +87,16 @@ class RemoteMemory:
             ends = (shown.start + shown.length).tolist()
             pairs = _joined([*pairs, *zip(shown.start.tolist(), ends, strict=True)])
         return Extents.from_pairs(pairs)
+
+    def data_bytes(self) -> int:
+        """See `CopiedMemory.data_bytes`; raises as `data_extents`."""
+        pieces = range(0, self.length_bytes, _COUNTED_BYTES)
+        return sum(
+            self.data_extents(
+                start=start, length=min(_COUNTED_BYTES, self.length_bytes - start)
+            ).total_bytes
+            for start in pieces
+        )
 
     def next_data(self, start: int) -> int:
         """See `CopiedMemory.next_data`; raises as `data_extents`."""

@@ -156,6 +156,9 @@ class CopiedMemory(Protocol):
     def data_extents(self, *, start: int, length: int) -> Extents:
         """Say where in ``length`` bytes from ``start`` on bytes may be nonzero; page aligned."""
 
+    def data_bytes(self) -> int:
+        """Count the bytes that may be nonzero; see `MemorySource.data_bytes`."""
+
     def next_data(self, start: int) -> int:
         """Say from where on bytes may be nonzero: ``start``, or the end of the hole it lies in."""
 
