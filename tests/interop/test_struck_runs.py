@@ -1,4 +1,4 @@
-"""Signals at `archive run` of a running QEMU: at its publication, and when its guest is given back.
+"""Signals at `archive run` of a running QEMU: at its publication, and when its guest goes on.
 
 Whatever is struck: the guest runs, QEMU has its settings, the entry is whole or there is none,
 nothing half-made is left, and the run says 128+N if, and only if, it has stopped the job.
@@ -7,7 +7,6 @@ nothing half-made is left, and the run says 128+N if, and only if, it has stoppe
 from __future__ import annotations
 
 import os
-import resource
 import shutil
 import signal
 import time
@@ -26,8 +25,9 @@ from strikes import NUMBERS, slowed, strike
 from uringmig.testing.machine import Machine
 from uringmig.units import MiB
 
-#: What QEMU is told when its guest is given back: MIG_RP_MSG_SHUT, as strace shows its header.
-SHUT = r'"\0\1\0\4'
+#: What QEMU is told when its guest is let go on, and when the note of it is taken back.
+GO_ON = r'"{\"execute\": \"cont\"'
+TAKE_BACK = r'"{\"execute\": \"remove-fd\"'
 
 
 @pytest.fixture(scope="module")
@@ -55,15 +55,18 @@ def files(folder: Path) -> list[Path]:
     return [Path(f"{image}.partial"), Path(f"{image}.manifest.json.partial")]
 
 
+def kept(machine: Machine) -> object:
+    monitor = machine.monitor
+    settings = monitor.capabilities(), monitor.parameters(), monitor.descriptors()
+    return monitor.run_state(), settings
+
+
 @contextmanager
 def given_back(machine: Machine) -> Iterator[None]:
     """See that QEMU has its guest and its settings as before."""
-    before = machine.monitor.capabilities(), machine.monitor.parameters()
+    before = kept(machine)
     yield
-    while (state := machine.monitor.run_state()) == "finish-migrate":
-        time.sleep(0.01)
-    assert state == "running"
-    assert (machine.monitor.capabilities(), machine.monitor.parameters()) == before
+    assert kept(machine) == before
 
 
 def stage_of(ended: Ended, folder: Path) -> str:
@@ -99,55 +102,47 @@ def test_a_worker_struck_while_it_publishes(
     assert stage_of(struck, tmp_path) == stage
 
 
-def giving_back(lines: tuple[str, ...]) -> int:
-    """Which of the worker's ``sendto`` gives the guest back, by a run's log; from 1."""
-    (told,) = [line for line in lines if SHUT in line]
+def telling(lines: tuple[str, ...], words: str) -> int:
+    """Which of the worker's ``sendto`` is the last one of these words, by a run's log; from 1."""
+    told = [line for line in lines if words in line][-1]
     process = told.split()[0]
     own = [line for line in lines if line.split()[0] == process and "sendto(" in line]
     return own.index(told) + 1
 
 
-def test_struck_while_the_guest_is_given_back(machine: Machine, jobs: Path, tmp_path: Path) -> None:
-    """The entry has its name: it is a success, whatever comes; QEMU is told all it must be told."""
+def test_struck_while_the_guest_is_let_go_on(machine: Machine, jobs: Path, tmp_path: Path) -> None:
+    """The worker alone, just before its entry is finished: the guest goes on, and it gives up."""
     arguments = ("archive", "run", jobs, "--json")
     undisturbed = strike(tmp_path, "sendto", 1000, signal.SIGTERM, *arguments)
     assert not undisturbed.hit
-    first = giving_back(undisturbed.lines)
-    for later, number in ((0, signal.SIGTERM), (1, signal.SIGHUP), (4, signal.SIGTERM)):
+    first = telling(undisturbed.lines, GO_ON)
+    for later in (-1, 0, 1):
         shutil.rmtree(tmp_path / "archive")
         with given_back(machine):
-            struck = strike(tmp_path, "sendto", first + later, number, *arguments)
+            struck = strike(tmp_path, "sendto", first + later, signal.SIGTERM, *arguments)
             assert struck.hit
-        assert stage_of(struck, tmp_path) == "done"
+            assert any(GO_ON in line for line in struck.lines)
+        assert stage_of(struck, tmp_path) == "failed"
 
 
-@contextmanager
-def file_size_limit(size: int) -> Iterator[None]:
-    """Let no process that is started here make a longer file: EFBIG, as of a disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def test_struck_while_the_guest_is_given_back_after_an_error(
-    machine: Machine, jobs: Path, tmp_path: Path
-) -> None:
-    """Cleaning up is not torn apart: QEMU is told, and has its settings back."""
+def test_struck_while_a_stopped_guest_is_given_up(machine: Machine, tmp_path: Path) -> None:
+    """Cleaning up is not torn apart: QEMU keeps nothing of ours, and the guest stays stopped."""
+    slow = job("vm", f"qmp = '{machine.qmp_path}'", retries=0, rate="1M", timeout="1s")
+    jobs = write_jobs(tmp_path, slow, defaults='entry = "{name}"')
     arguments = ("archive", "run", jobs, "--json")
-    with file_size_limit(4 * MiB):
+    machine.monitor.execute("stop")
+    try:
         undisturbed = strike(tmp_path, "sendto", 1000, signal.SIGTERM, *arguments)
         assert stage_of(undisturbed, tmp_path) == "failed"
-        first = giving_back(undisturbed.lines)
-        for later in (-1, 0, 2):
+        first = telling(undisturbed.lines, TAKE_BACK)
+        for later in (-1, 0):
             shutil.rmtree(tmp_path / "archive")
             with given_back(machine):
                 struck = strike(tmp_path, "sendto", first + later, signal.SIGTERM, *arguments)
                 assert struck.hit
-                assert any(SHUT in line for line in struck.lines)
             assert stage_of(struck, tmp_path) == "failed"
+    finally:
+        machine.monitor.execute("cont")
 
 
 @pytest.mark.parametrize(("call", "stage"), [("fdatasync", "stopped"), ("rename", "done")])

@@ -2,13 +2,16 @@
 
 Every channel takes a window in, compresses its nonzero pages, and writes the frame with O_DIRECT to
 the next free pages of the file, through its own engine: while it compresses the next window the
-device writes the last one. Where a frame went, only the index at the end of the file knows.
+device writes the last one. Where a frame went, only the index at the end of the file knows. So a
+window that changed while its guest ran gets another frame (`livecopy`), and the first one's place
+becomes a hole.
 """
 
 from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -30,11 +33,14 @@ from uringmig.archive.coldformat import (
     read_index,
 )
 from uringmig.archive.coldread import ColdContents, open_cold
-from uringmig.archive.copied import LIVE_KINDS, CopiedGuest, EntryLabel, TierResult, describe_entry
+from uringmig.archive.copied import CopiedGuest, EntryLabel, TierResult, describe_entry
 from uringmig.archive.copyjournal import BITS_BYTES, Chunk
 from uringmig.archive.copyrun import CopyRun
-from uringmig.archive.intake import NOTHING, Intake, TakenWindow
+from uringmig.archive.intake import NOTHING, Intake, TakenWindow, WindowIntake
+from uringmig.archive.livecopy import copy_live
+from uringmig.archive.liveintake import LiveIntake
 from uringmig.archive.partialcopy import PartialCopy
+from uringmig.contents.live import LiveContents
 from uringmig.contents.source import Contents, Row
 from uringmig.errors import StateError
 from uringmig.image import manifest
@@ -106,6 +112,9 @@ class _FramePlaces:
 
     Args:
         guest: for the number of blocks and rows.
+
+    Attributes:
+        given_up: offset and length of places whose frames nobody needs any more.
     """
 
     def __init__(self, guest: CopiedGuest) -> None:
@@ -114,6 +123,7 @@ class _FramePlaces:
         self.length = [np.zeros(count, np.int64) for count in rows]
         self.digest = [np.zeros((count, DIGEST_BYTES), np.uint8) for count in rows]
         self.end = HEADER_BYTES
+        self.given_up: list[tuple[int, int]] = []
         self._lock = threading.Lock()
 
     def append(self, row: Row, length: int, digest: bytes) -> int:
@@ -123,6 +133,15 @@ class _FramePlaces:
             self.end += align_up(length, PAGE_SIZE)
         self.put(row, offset, length, digest)
         return offset
+
+    def give_up(self, row: Row) -> None:
+        """Forget a row's frame, if it has one: its memory is another by now."""
+        block_index, number = row
+        length = int(self.length[block_index][number])
+        if length:
+            place = int(self.offset[block_index][number]), align_up(length, PAGE_SIZE)
+            self.given_up.append(place)
+            self.length[block_index][number] = 0
 
     def put(self, row: Row, offset: int, length: int, digest: bytes) -> None:
         """Note where a frame is."""
@@ -176,7 +195,7 @@ class _ColdCopy:
         self._partial = PartialCopy(
             out,
             tier="cold",
-            source=None if contents.kind in LIVE_KINDS else contents.fingerprint(),
+            source=None if isinstance(contents, LiveContents) else contents.fingerprint(),
             shape=_shape(contents, level),
             direct=options.direct,
             journal=resume,
@@ -195,16 +214,36 @@ class _ColdCopy:
 
     def run(self, label: EntryLabel | None) -> TierResult:
         """Copy, finish, publish."""
-        intake = Intake(self._contents, self._rows, copies=True, gap_bytes=self._options.bridge)
+        if isinstance(contents := self._contents, LiveContents):
+            copy_live(contents, self._guest, frozenset(), self._go_over)
+        else:
+            self._take_all(Intake(contents, self._rows, gap_bytes=self._options.bridge), self._rows)
+        return self._finish(label)
+
+    def _go_over(self, rows: Sequence[Row], *, again: bool, copies: bool) -> None:
+        """See `LivePass`."""
+        contents = self._contents
+        assert isinstance(contents, LiveContents), "there is one pass over a file"
+        self._take_all(LiveIntake(contents, rows, copies=copies), rows, again=again)
+
+    def _take_all(self, intake: WindowIntake, rows: Sequence[Row], *, again: bool = False) -> None:
+        """Copy rows and drain; see `CopyRun.copy`."""
         self._copy.copy(
             intake,
-            self._rows,
+            rows,
             lambda counters: _ColdWork(
-                intake, self._guest, self._places, self._level, self._options, self._copy, counters
+                intake,
+                self._guest,
+                self._places,
+                self._level,
+                self._options,
+                self._copy,
+                counters,
+                again=again,
             ),
             self._chunk,
+            again=again,
         )
-        return self._finish(label)
 
     def _take_over(self) -> list[Row]:
         """Keep the frames that a killed copy left durable; free what else it wrote."""
@@ -242,6 +281,8 @@ class _ColdCopy:
     def _finish(self, label: EntryLabel | None) -> TierResult:
         """Write index and header, make it all durable, give it its name."""
         main = self._target.main
+        for offset, length in self._places.given_up:
+            main.punch_hole(offset, length)  # where that cannot be, they take room and no more
         self._copy.tell("devices")
         tail = self._contents.device_state().tail
         index = ColdIndex(
@@ -294,18 +335,24 @@ class _ColdCopy:
 
 
 class _ColdWork:
-    """One channel's side: takes a window in, compresses its pages, writes the frame."""
+    """One channel's side: takes a window in, compresses its pages, writes the frame.
+
+    ``again``: the windows have frames; those that differ get another one.
+    """
 
     def __init__(
         self,
-        intake: Intake,
+        intake: WindowIntake,
         guest: CopiedGuest,
         places: _FramePlaces,
         level: int,
         options: WriteOptions,
         copy: CopyRun,
         counters: ChannelCounters,
+        *,
+        again: bool,
     ) -> None:
+        self._again = again
         # So many frames can have requests in flight, and one more is being made.
         self.windows_max = options.windows_held
         self._intake = intake
@@ -324,13 +371,19 @@ class _ColdWork:
         """Take in whichever window comes next, make its frame, and plan its writes."""
         held = self._intake.take(self._buffer)
         self._buffer = held.buffer
+        self._open[window] = (held.row, None)
+        found = held.digest()
+        if self._again:
+            if found == self._guest.digest(held.row):
+                return NOTHING
+            self._places.give_up(held.row)
         bits = held.nonzero()
         self._guest.note(held.row, bits)
-        self._guest.note_digest(held.row, held.digest())
+        self._guest.note_digest(held.row, found)
         stored = int(np.count_nonzero(bits))
-        self._counters.zero_bytes += PAGE_SIZE * (len(bits) - stored)
+        if not self._again:
+            self._counters.zero_bytes += PAGE_SIZE * (len(bits) - stored)
         if not stored:
-            self._open[window] = (held.row, None)
             return NOTHING
         frame = self._free.pop()
         self._open[window] = (held.row, frame)

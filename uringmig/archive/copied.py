@@ -6,7 +6,6 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,10 +19,6 @@ from uringmig.image.manifest import ArchiveFields, ArchiveManifest, Tier
 from uringmig.image.pieces import ROW_PIECES, no_digests, piece_table
 from uringmig.options import PAGE_SIZE
 from uringmig.pages import bitmap
-
-#: Contents of these kinds are views of mapped memory: they are written from where they lie. A copy
-#: of them cannot go on after an interruption, since the memory may have changed meanwhile.
-LIVE_KINDS: Final = frozenset({"memory"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +114,11 @@ class CopiedGuest:
         """Store the digests of the pieces of a window's memory."""
         first = row[1] * ROW_PIECES
         self.blocks[row[0]].pieces[first : first + len(found)] = found
+
+    def pieces(self, row: Row) -> NDArray[np.uint8]:
+        """The digests of the pieces of a window's memory, as noted."""
+        first = row[1] * ROW_PIECES
+        return self.blocks[row[0]].pieces[first : first + ROW_PIECES]
 
     def piece_tables(self) -> list[bytes] | None:
         """Of every block; None if the copy went on from a journal, which does not have them."""

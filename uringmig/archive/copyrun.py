@@ -14,7 +14,7 @@ from typing import Final
 
 from uringmig.archive.copied import CopiedGuest, TierResult
 from uringmig.archive.copyjournal import Chunk
-from uringmig.archive.intake import Intake
+from uringmig.archive.intake import WindowIntake
 from uringmig.archive.partialcopy import PartialCopy
 from uringmig.contents.source import Row, window_of
 from uringmig.image.draft import Durable
@@ -24,7 +24,7 @@ from uringmig.progress import ChannelCounters, Phase, ProgressCallback, account,
 from uringmig.result import describe_seconds, describe_settings
 from uringmig.storage.engine import Operation
 from uringmig.storage.enginechoice import EngineChoice
-from uringmig.transfer.channel import ChannelFile, WindowWork, run_round
+from uringmig.transfer.channel import ChannelFile, Pacer, WindowWork, run_round
 from uringmig.units import MiB
 
 #: What is copied twice after a kill is about this much; a checkpoint costs two flushes of the disk.
@@ -65,16 +65,27 @@ class CopyRun:
         self._engine = engine
         self._progress = progress
         self._started = started
-        self._checkpointed_bytes = 0
+        self._total_bytes = guest.memory_bytes
+        self._checkpointed_bytes = guest.resumed_bytes
+        self.counters[0].finished_bytes = self.counters[0].scanned_bytes = guest.resumed_bytes
 
     def copy(
         self,
-        intake: Intake,
+        intake: WindowIntake,
         rows: Sequence[Row],
         make_work: Callable[[ChannelCounters], WindowWork],
         chunk_of: Callable[[Row], Chunk],
+        *,
+        again: bool = False,
     ) -> None:
         """Copy ``rows`` and drain.
+
+        Args:
+            intake: of these rows; closed here.
+            rows: in any order.
+            make_work: a channel's side.
+            chunk_of: what the journal keeps of a row.
+            again: they were copied before, and their guest stands still: no rate holds.
 
         Raises:
             UringmigError: the first failure of any channel; the others have stopped and drained.
@@ -89,10 +100,20 @@ class CopyRun:
         )
         # A channel takes whichever row comes next, not this window's: only the sum is right.
         tickets = [window_of(self._guest.contents.blocks, row) for row in rows]
-        self.counters[0].finished_bytes = self.counters[0].scanned_bytes = self._guest.resumed_bytes
-        self._checkpointed_bytes = self._guest.resumed_bytes
+        looked_at = sum(ticket.length_bytes for ticket in tickets)
+        if again:
+            self._total_bytes += looked_at
+        else:  # what is not even looked at is a hole
+            holes = self._total_bytes - self._guest.resumed_bytes - looked_at
+            first = self.counters[0]
+            first.scanned_bytes += holes
+            first.zero_bytes += holes
+            first.finished_bytes += holes
+        pacer = Pacer(0 if again else self._options.rate)
         try:
-            with closing(run_round(shared, tickets, make_work, self.counters)) as round_:
+            with closing(
+                run_round(shared, tickets, make_work, self.counters, pacer=pacer)
+            ) as round_:
                 for _ in round_:
                     self.tell("write")
                     self._maybe_checkpoint(chunk_of)
@@ -108,7 +129,7 @@ class CopyRun:
                 take_snapshot(
                     phase,
                     self.counters,
-                    total_bytes=self._guest.memory_bytes,
+                    total_bytes=self._total_bytes,
                     seconds=time.monotonic() - self._started,
                 )
             )

@@ -39,6 +39,7 @@ from uringmig.storage.engine import Operation
 from uringmig.storage.imagetarget import NamedTarget
 from uringmig.storage.mainfile import MainFile, open_for_reading
 from uringmig.storage.nameless import nameless_file
+from uringmig.transfer.plan import bridge_gaps
 from uringmig.units import MiB, align_down, div_ceil, is_aligned
 
 #: linux/fs.h: FICLONERANGE and struct file_clone_range.
@@ -70,6 +71,8 @@ _NO_REFLINK: Final = {
 }
 _CLONED_AT_ONCE: Final = 1 << 30
 _WORDS_PER_PAGE: Final = PAGE_SIZE // 8
+#: Slots so far apart are read one by one: what is between them takes longer than another request.
+_GAP_PAGES: Final = 16
 #: Slots looked through in one go for what is to be freed, between two looks at signals.
 _FREED_AT_ONCE: Final = 256 * MiB
 
@@ -298,7 +301,15 @@ class SlotReader:
         slots = buffer[: len(held.memory)]
         offset = self._layout.blocks[block_index].pages_offset + row * WINDOW_BYTES
         try:
-            self._read(slots, offset)
+            # Pages far apart are not read for what lies between them.
+            near = bridge_gaps(bits, bridgeable=np.ones_like(bits), gap_pages=_GAP_PAGES)
+            runs = runs_from_bits(near)
+            for first, count in zip(
+                (runs.first_page * PAGE_SIZE).tolist(),
+                (runs.page_count * PAGE_SIZE).tolist(),
+                strict=True,
+            ):
+                self._read(slots[first : first + count], offset + first)
         except (StorageError, FormatError) as error:
             # The earlier image has rotted there: the new one gets blocks of its own.
             if not self._failed:

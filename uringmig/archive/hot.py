@@ -1,29 +1,36 @@
 """The hot tier: contents become a plain mapped-ram image, which stock QEMU loads as it lies.
 
 Read ahead by the contents' channels, written by ours: both ends of the copy are busy at the same
-time, both by O_DIRECT. The order is the writer's: pages, drain, bitmaps, stream, sync, publish.
+time, both by O_DIRECT. The order is the writer's: pages, drain, bitmaps, stream, sync, publish. Of
+a guest that runs, pages that changed while they were copied are written once more, in place, while
+it stands still (`livecopy`); it goes on before bitmaps are written and anything is synced.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 import msgspec
 import numpy as np
 
-from uringmig.archive.copied import LIVE_KINDS, CopiedGuest, EntryLabel, TierResult, describe_entry
+from uringmig.archive.copied import CopiedGuest, EntryLabel, TierResult, describe_entry
 from uringmig.archive.copyjournal import BITS_BYTES, Chunk
 from uringmig.archive.copyrun import CopyRun
 from uringmig.archive.dedup import Earlier, SlotReader
-from uringmig.archive.intake import NOTHING, Intake, TakenWindow
+from uringmig.archive.intake import NOTHING, Intake, TakenWindow, WindowIntake
+from uringmig.archive.livecopy import copy_live
+from uringmig.archive.liveintake import LiveIntake
 from uringmig.archive.partialcopy import PartialCopy
+from uringmig.contents.live import LiveContents
 from uringmig.contents.source import Contents, Row
 from uringmig.format.layout import ImageLayout, plan_layout
 from uringmig.image import digest
+from uringmig.image.changed import look_again
 from uringmig.image.draft import ImageDraft
-from uringmig.image.window import settle_window
+from uringmig.image.window import Rewritten, WindowPages, settle_window
 from uringmig.options import PAGE_SIZE, WINDOW_BYTES, WriteOptions
 from uringmig.pages import bitmap
 from uringmig.pages.runs import runs_from_bits
@@ -101,7 +108,7 @@ class HotCopy:
         self._partial = PartialCopy(
             out,
             tier="hot",
-            source=None if contents.kind in LIVE_KINDS else contents.fingerprint(),
+            source=None if isinstance(contents, LiveContents) else contents.fingerprint(),
             shape=_shape(contents, self._layout, self._dense, self._earlier.identity),
             direct=options.direct,
             journal=resume,
@@ -132,16 +139,28 @@ class HotCopy:
 
     def run(self, label: EntryLabel | None) -> TierResult:
         """Copy, finish, publish."""
-        intake = Intake(
-            self._contents,
-            self._rows,
-            filled=self._dense,
-            copies=self._slots is not None,
-            gap_bytes=self._options.bridge,
-        )
+        if isinstance(contents := self._contents, LiveContents):
+            copy_live(contents, self._guest, self._dense, self._go_over)
+        else:
+            intake = Intake(
+                contents, self._rows, filled=self._dense, gap_bytes=self._options.bridge
+            )
+            self._take_all(intake, self._rows)
+        return self._finish(label)
+
+    def _go_over(self, rows: Sequence[Row], *, again: bool, copies: bool) -> None:
+        """See `LivePass`."""
+        contents = self._contents
+        assert isinstance(contents, LiveContents), "there is one pass over a file"
+        copies = copies or self._slots is not None
+        intake = LiveIntake(contents, rows, filled=self._dense, copies=copies)
+        self._take_all(intake, rows, again=again)
+
+    def _take_all(self, intake: WindowIntake, rows: Sequence[Row], *, again: bool = False) -> None:
+        """Copy rows and drain; see `CopyRun.copy`."""
         self._copy.copy(
             intake,
-            self._rows,
+            rows,
             lambda counters: _HotWork(
                 intake,
                 self._guest,
@@ -151,10 +170,11 @@ class HotCopy:
                 self._options,
                 self._copy,
                 counters,
+                again=again,
             ),
             self._chunk,
+            again=again,
         )
-        return self._finish(label)
 
     def _chunk(self, row: Row) -> Chunk:
         """What the journal keeps of a row."""
@@ -200,11 +220,14 @@ class HotCopy:
 
 
 class _HotWork:
-    """One channel's side: takes a window in, finds its pages, writes them to their slots."""
+    """One channel's side: takes a window in, finds its pages, writes them to their slots.
+
+    ``again``: the windows have been written before, and only what differs is written.
+    """
 
     def __init__(
         self,
-        intake: Intake,
+        intake: WindowIntake,
         guest: CopiedGuest,
         layout: ImageLayout,
         dense: frozenset[int],
@@ -212,7 +235,10 @@ class _HotWork:
         options: WriteOptions,
         copy: CopyRun,
         counters: ChannelCounters,
+        *,
+        again: bool,
     ) -> None:
+        self._again = again
         # As many windows as requests in flight can fill, and one that is being looked at.
         self.windows_max = options.windows_held
         self._intake = intake
@@ -232,22 +258,21 @@ class _HotWork:
     def plan(self, window: Window) -> IoPlan:
         """Take in whichever window comes next, and plan the writes of its pages."""
         held = self._open[window] = self._intake.take(self._free.pop())
-        block_index, row = held.row
-        if not held.start:  # nothing to write, and its bits are clear from the start
-            self._counters.zero_bytes += len(held.memory)
+        if self._again:
+            pages = self._changed(held)
+        elif held.start:
+            pages = self._settled(held)
+        else:  # its bits are clear from the start
+            pages = None
+        if pages is None:
+            self._counters.zero_bytes += 0 if self._again else len(held.memory)
             return NOTHING
-        # Slots may hold an interrupted copy's bytes or an earlier image's: a dense block's memory
-        # is all there, zeros too (`Intake`), and all of it is written.
-        pages = settle_window(
-            held.nonzero(), held.readable(), dense=block_index in self._dense, fresh=False
-        )
-        self._guest.note(held.row, pages.bits)
+        block_index, row = held.row
         if self._slots is not None:
             # Not bridged: to write a gap would end the sharing of its pages.
             runs = runs_from_bits(self._slots.differing(held, pages.stored, self._slot_buffer))
         else:
             runs = pages.runs(self._options.bridge)
-        self._counters.zero_bytes += PAGE_SIZE * int(np.count_nonzero(~pages.bits))
         return plan_runs(
             runs,
             address=held.memory.ctypes.data,
@@ -255,12 +280,38 @@ class _HotWork:
             block_size=self._options.block_size,
         )
 
+    def _settled(self, held: TakenWindow, later: Rewritten | None = None) -> WindowPages:
+        """Decide what becomes of a window's pages, and keep their bits.
+
+        Slots may hold an interrupted copy's bytes or an earlier image's: a dense block's memory is
+        all there, zeros too (`Intake`), and all of it is written.
+        """
+        dense = held.row[0] in self._dense
+        pages = settle_window(
+            held.nonzero(), held.readable(), dense=dense, fresh=False, later=later
+        )
+        self._guest.note(held.row, pages.bits)
+        if later is None:
+            self._counters.zero_bytes += PAGE_SIZE * int(np.count_nonzero(~pages.bits))
+        return pages
+
+    def _changed(self, held: TakenWindow) -> WindowPages | None:
+        """What of a window is to be written once more; None: it is as it was written."""
+        look = look_again(self._guest.pieces(held.row), held.memory, held.start, held.length)
+        if not len(look.changed):
+            return None
+        bits = self._guest.bits(held.row)
+        self._guest.note_digest(held.row, held.digest())
+        self._guest.note_pieces(held.row, look.pieces)
+        return self._settled(held, Rewritten(selected=look.pages(len(bits)), bits=bits))
+
     def submitted(self, window: Window) -> None:
         """Digest the window while it is still in the cache and the device has work."""
         held = self._open[window]
-        whole, pieces = held.digests()
-        self._guest.note_digest(held.row, whole)
-        self._guest.note_pieces(held.row, pieces)
+        if not self._again:
+            whole, pieces = held.digests()
+            self._guest.note_digest(held.row, whole)
+            self._guest.note_pieces(held.row, pieces)
         self._settle(window)
 
     def finished(self, window: Window) -> None:

@@ -1,9 +1,8 @@
-"""Windows of the contents, taken in by the channels that write: read ahead there, held here.
+"""Windows of a file's contents, taken in by the channels that write: read ahead there, held here.
 
 The contents' memory is good until the next window is asked for, and several channels ask. So a
 channel gives a buffer of its own in exchange for the one the memory lies in; where that cannot be
-it copies what may be nonzero, under the lock that also orders the asking. A view of mapped memory
-stays where it is.
+it copies what may be nonzero, under the lock that also orders the asking.
 """
 
 from __future__ import annotations
@@ -11,12 +10,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from uringmig.archive.copied import LIVE_KINDS
 from uringmig.contents.source import Contents, Row, WindowRead
 from uringmig.errors import StateError
 from uringmig.image import digest
@@ -71,6 +69,19 @@ class TakenWindow:
         return digest.piecewise_digest(self.memory, self.start, self.length)
 
 
+class WindowIntake(Protocol):
+    """Where channels get windows from."""
+
+    def take(self, buffer: NDArray[np.uint8]) -> TakenWindow:
+        """Take any window that nobody has yet, into a buffer or in exchange for it."""
+
+    def finish(self) -> None:
+        """All windows have been taken: make sure that the source is still what it was."""
+
+    def close(self) -> None:
+        """End; harmless when called again. No channel may be at work."""
+
+
 class Intake:
     """The windows of some rows, for several channels; each window goes to one of them.
 
@@ -79,9 +90,7 @@ class Intake:
         rows: what is to be read.
         filled: blocks, by index, whose windows get zeros where they have no data, so that all of
             their memory may be read.
-        copies: copy also what is mapped.
-        gap_bytes: shorter gaps between what may be nonzero are taken in too, as zeros, unless they
-            may be holes.
+        gap_bytes: shorter gaps between what may be nonzero are taken in too, as zeros.
     """
 
     def __init__(
@@ -90,13 +99,10 @@ class Intake:
         rows: Sequence[Row],
         *,
         filled: frozenset[int] = frozenset(),
-        copies: bool = False,
         gap_bytes: int = 0,
     ) -> None:
         self._windows: Iterator[WindowRead] = contents.windows(rows)
         self._filled = filled
-        self._live = contents.kind in LIVE_KINDS
-        self._copies = copies
         self._gap_bytes = gap_bytes
         self._lock = threading.Lock()
         self._failure: BaseException | None = None
@@ -140,19 +146,15 @@ class Intake:
             close()
 
     def _hold(self, read: WindowRead, buffer: NDArray[np.uint8]) -> TakenWindow:
-        """Copy a window's data, or keep a view that stays."""
+        """Keep the buffer that a window lies in, or copy its data."""
         row = (read.block_index, read.row)
         data = read.data
         if data is None:
             start, length = [0], [len(read.memory)]
-        elif self._live:
-            start, length = data.start.tolist(), data.length.tolist()
         else:
             start, length = _joined(data, self._gap_bytes)
         fill_up = read.block_index in self._filled
-        if self._live and not (fill_up or self._copies):
-            return TakenWindow(row, read.memory, start, length, buffer)
-        if not (fill_up or self._live) and read.exchange is not None:
+        if not fill_up and read.exchange is not None:
             kept = read.exchange(buffer)
             if kept is not None:
                 return TakenWindow(row, read.memory, start, length, kept)
@@ -167,10 +169,7 @@ class Intake:
 
 
 def _joined(data: Extents, gap_bytes: int) -> tuple[list[int], list[int]]:
-    """Join extents that are less than ``gap_bytes`` apart: fewer and longer copies.
-
-    For memory that was read from a file only: its gaps hold zeros and cost nothing to read.
-    """
+    """Join extents that are less than ``gap_bytes`` apart: fewer and longer copies."""
     if len(data) <= 1:
         return data.start.tolist(), data.length.tolist()
     end = data.start + data.length

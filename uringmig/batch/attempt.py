@@ -15,7 +15,7 @@ import zstandard
 
 from uringmig.archive.cold import write_cold
 from uringmig.archive.coldread import is_cold, open_cold
-from uringmig.archive.copied import LIVE_KINDS, EntryLabel, TierResult
+from uringmig.archive.copied import EntryLabel, TierResult
 from uringmig.archive.hot import write_hot
 from uringmig.archive.record import CopyFigures
 from uringmig.archive.removing import remove_files
@@ -33,17 +33,18 @@ from uringmig.batch.messages import (
 )
 from uringmig.batch.planning import PlanRow, free_space, make_plan, taken_by_partial
 from uringmig.bench.depth import measure_depth
+from uringmig.contents.live import LiveContents
 from uringmig.contents.memoryfiles import MemoryFileBlock, open_memory
 from uringmig.contents.opening import look_at, open_contents
 from uringmig.contents.plainfile import PlainFileContents
 from uringmig.contents.plainlook import PlainLook
 from uringmig.contents.source import Contents, all_rows
-from uringmig.errors import BytesError, PeerError, StateError
+from uringmig.errors import BytesError, StateError
 from uringmig.options import PAGE_SIZE, ReadOptions
 from uringmig.progress import ProgressCallback, Snapshot
-from uringmig.qemu.heldguest import hold_guest
+from uringmig.qemu.guestcontents import open_guest
 from uringmig.qemu.monitor import Monitor
-from uringmig.qemu.sharedram import mapped_memories
+from uringmig.qemu.vmsave import state_to_save
 from uringmig.signals import Interrupted, after_commit, look
 from uringmig.units import MiB, div_ceil
 from uringmig.verify import verify
@@ -77,25 +78,28 @@ def examine(job: Job) -> Estimate:
         UringmigError: the source cannot be read.
     """
     if isinstance(job.source, QmpSource):
-        with Monitor(job.source.qmp) as monitor, mapped_memories(monitor) as memories:
-            total = sum(memory.length_bytes for memory in memories.values())
-            stored = sum(memory.data_bytes() for memory in memories.values())
-        return _estimate(job, kind="qmp", total=total, stored=stored, dense=0, ratio=1.0)
+        with Monitor(job.source.qmp) as monitor, open_guest(monitor) as guest:
+            return _examined(job, guest, kind="qmp")
     with _look_at_source(job) as source:
-        sizes = [block.used_length for block in source.blocks]
-        dense_up_to = job.options(rate=0).dense_up_to
-        live = source.kind in LIVE_KINDS
-        only_looked_at = isinstance(source, PlainLook)
-        return _estimate(
-            job,
-            kind=source.kind,
-            total=sum(sizes),
-            stored=source.stored_bytes(),
-            dense=sum(size for size in sizes if size <= dense_up_to),
-            ratio=1.0 if live or job.tier == "hot" else _sampled_ratio(source, job.level),
-            fingerprint="" if live else source.fingerprint(),
-            at_most=only_looked_at,
-        )
+        return _examined(job, source, kind=source.kind)
+
+
+def _examined(job: Job, source: Contents | PlainLook, *, kind: str) -> Estimate:
+    """What archiving an opened source takes."""
+    sizes = [block.used_length for block in source.blocks]
+    dense_up_to = job.options(rate=0).dense_up_to
+    live = isinstance(source, LiveContents)
+    only_looked_at = isinstance(source, PlainLook)
+    return _estimate(
+        job,
+        kind=kind,
+        total=sum(sizes),
+        stored=source.stored_bytes(),
+        dense=sum(size for size in sizes if size <= dense_up_to),
+        ratio=1.0 if live or job.tier == "hot" else _sampled_ratio(source, job.level),
+        fingerprint="" if live else source.fingerprint(),
+        at_most=only_looked_at,
+    )
 
 
 def _look_at_source(job: Job) -> Contents | PlainLook:
@@ -132,7 +136,7 @@ def open_source(job: Job, *, rate: int) -> Contents:
             ]
             return open_memory(blocks, device_state)
         case QmpSource():
-            raise StateError("a running guest is held, not opened")
+            raise StateError("a running guest is not opened without its monitor")
 
 
 def archive(order: Attempt, tell: ProgressCallback) -> Archived:
@@ -147,22 +151,17 @@ def archive(order: Attempt, tell: ProgressCallback) -> Archived:
             if isinstance(contents, PlainFileContents):
                 _check_room(order, contents)
             return _archived(order, contents, _write(order, contents, tell), tell)
-    written: TierResult | None = None
-    warnings: list[str] = []
-    stopped_seconds = 0.0
     with Monitor(source.qmp) as monitor:
-        try:
-            with hold_guest(monitor) as held:
-                contents = held.contents
-                written = _write(order, contents, tell)
-            stopped_seconds = held.stopped_seconds
-            warnings += held.notes
-        except PeerError as error:
-            if written is None:
-                raise
-            warnings.append(f"the image is whole and durable, but: {error}")
+        _, healed = state_to_save(monitor)
+        with open_guest(monitor, notes=healed) as guest:
+            written = _write(order, guest, tell)
     return _archived(
-        order, contents, written, tell, stopped_seconds=stopped_seconds, warnings=warnings
+        order,
+        guest,
+        written,
+        tell,
+        stopped_seconds=guest.stopped_seconds,
+        warnings=[f"the image is whole and durable, but: {warning}" for warning in guest.warnings],
     )
 
 
@@ -237,7 +236,7 @@ def _archived(
         image=written.path,
         kind=fields.source_kind,
         content_digest=fields.content_digest,
-        fingerprint="" if contents.kind in LIVE_KINDS else fields.source_fingerprint,
+        fingerprint="" if isinstance(contents, LiveContents) else fields.source_fingerprint,
         **{name: getattr(written, name) for name in CopyFigures.__struct_fields__},
         stopped_seconds=stopped_seconds,
         verified=verified,

@@ -104,6 +104,23 @@ def read_device_state(file: MainFile, shared: Mapping[str, int | None]) -> Devic
     return collector.whole()
 
 
+def check_sent(sizes: Mapping[str, int], refuse: Callable[[str], UringmigError]) -> None:
+    """Refuse blocks that are too large to be held here when they come by the stream.
+
+    Args:
+        sizes: bytes of each of them, by idstr.
+        refuse: makes the error.
+    """
+    if sum(sizes.values()) > PRIVATE_BYTES_MAX:
+        # Not the one that was one too many: that is a ROM, as often as not.
+        largest = max(sizes, key=sizes.__getitem__)
+        raise refuse(
+            f"ramblock {largest!r} ({sizes[largest] >> 20} MiB) is not shared memory "
+            f"(memory-backend-file,share=on); of such blocks no more than "
+            f"{PRIVATE_BYTES_MAX >> 20} MiB come with the device state"
+        )
+
+
 class StreamCollector:
     """Makes a `DeviceStream` of events; ``refuse`` makes the error for what does not go together.
 
@@ -178,12 +195,8 @@ class StreamCollector:
                     f"but its backend has {size}"
                 )
             return
-        held = sum(len(block.memory) for block in stream.private.values())
-        if held + event.used_length > PRIVATE_BYTES_MAX:
-            raise self._refuse(
-                f"ramblock {event.idstr!r} ({event.used_length >> 20} MiB) is not shared memory; "
-                "give the VM memory-backend-file,share=on"
-            )
+        sizes = {idstr: len(block.memory) for idstr, block in stream.private.items()}
+        check_sent({**sizes, event.idstr: event.used_length}, self._refuse)
         stream.private[event.idstr] = PrivateBlock(
             memory=aligned_buffer(event.used_length),
             seen=np.zeros(event.used_length // PAGE_SIZE, np.bool_),

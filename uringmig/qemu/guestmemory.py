@@ -16,7 +16,7 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Final
 
-from uringmig.errors import HostError, PeerError, StateError, explained
+from uringmig.errors import HostError, LimitError, PeerError, StateError, explained
 from uringmig.memory.mapping import FileMemory
 from uringmig.memory.maps import Mapping, mappings_of
 from uringmig.memory.pagemap import Pagemap
@@ -103,6 +103,21 @@ def guest_memory(monitor: Monitor) -> Iterator[GuestMemory]:
         )
     with ExitStack() as stack:
         yield GuestMemory(pid, blocks, stack)
+
+
+def why_unreadable(monitor: Monitor) -> HostError | PeerError | None:
+    """Try whether QEMU's memory may be read, and say why not; nothing is stopped for that.
+
+    Raises:
+        LimitError: this machine gives no memory or descriptor to try it with.
+    """
+    try:
+        with guest_memory(monitor):
+            return None
+    except LimitError:
+        raise
+    except (HostError, PeerError) as error:
+        return error
 
 
 def _segments_of(block: HostBlock, mappings: Sequence[Mapping]) -> list[Mapping]:

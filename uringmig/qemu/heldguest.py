@@ -1,19 +1,26 @@
-"""A VM whose memory is read while QEMU holds it, for whoever archives it; nothing is written here.
+"""A VM whose process we may not read, for whoever archives it: QEMU holds its guest by a migration.
 
-QEMU holds the guest as for a save of `qemu.sharedram`, and takes it back when the block ends.
+Only for what `qemu.guestcontents` cannot read from outside: no right to read QEMU's process, or a
+QEMU before 8.0, which does not tell where its memory is. Its RAM has to be shared files that we may
+open. They are read while the guest runs; for the second look QEMU migrates to us, with its shared
+memory left out, as for a save of `qemu.sharedram`, and takes its guest back afterwards.
 """
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 
-from uringmig.contents.devicestream import DeviceStream
-from uringmig.contents.memoryfiles import MemoryContents
-from uringmig.contents.source import Row, WindowRead
-from uringmig.memory.source import MemorySource
+import numpy as np
+from numpy.typing import NDArray
+
+from uringmig.contents.devicestream import DeviceStream, check_sent
+from uringmig.contents.live import Memory
+from uringmig.errors import BusyError, HostError, PeerError
+from uringmig.format.device_state import DeviceState
+from uringmig.memory.source import Extents, MemorySource, check_range
+from uringmig.qemu.guardian import LIVE
 from uringmig.qemu.guestfacts import describe_guest
 from uringmig.qemu.monitor import Monitor
 from uringmig.qemu.receiving import receive
@@ -24,71 +31,127 @@ from uringmig.qemu.sharedram import (
     mapped_memories,
     migrating,
 )
+from uringmig.qemu.vmcontents import VmContents
 from uringmig.qemu.vmsave import state_to_save
 
 
-@dataclass(slots=True)
-class HeldGuest:
-    """A VM whose memory may be read as long as QEMU holds it.
+class _SentMemory:
+    """A block that is no shared file: a hole until QEMU has sent it; see `CopiedMemory`."""
 
-    Attributes:
-        contents: its memory, mapped, and its device state.
-        stopped_seconds: how long it stood still; known afterwards, 0.0 if it did not run before.
-        notes: what the operator should know; known afterwards.
-    """
+    def __init__(self, length_bytes: int) -> None:
+        self.length_bytes = length_bytes
+        self.sent: NDArray[np.uint8] | None = None
 
-    contents: HeldContents
-    stopped_seconds: float = 0.0
-    notes: tuple[str, ...] = ()
+    def data_extents(self, *, start: int, length: int) -> Extents:
+        """All of it, once it is there."""
+        check_range(start=start, length=length, length_bytes=self.length_bytes)
+        return Extents.from_pairs([] if self.sent is None else [(start, start + length)])
 
+    def data_bytes(self) -> int:
+        """All of it: it will come."""
+        return self.length_bytes
 
-class HeldContents(MemoryContents):
-    """Memory that is only known to be one moment's if QEMU still holds the guest at the end."""
+    def next_data(self, start: int) -> int:
+        """All or nothing."""
+        return self.length_bytes if self.sent is None else start
 
-    def __init__(
-        self, monitor: Monitor, stream: DeviceStream, memories: dict[str, MemorySource]
-    ) -> None:
-        facts, notes = describe_guest(monitor)
-        super().__init__(monitor.path, stream, memories, notes=notes, facts=facts)
-        self._monitor = monitor
-
-    def windows(self, rows: Sequence[Row]) -> Iterator[WindowRead]:
-        """See `Contents`.
-
-        Raises:
-            PeerError: QEMU let the guest run on meanwhile.
-        """
-        yield from super().windows(rows)
-        check_still_ours(self._monitor)
+    def read(self, extents: Extents, into: NDArray[np.uint8], *, start: int) -> None:
+        """See `CopiedMemory`."""
+        assert self.sent is not None, "a hole is not read"
+        pairs = zip(extents.start.tolist(), extents.length.tolist(), strict=True)
+        for first, length in pairs:
+            into[first - start : first - start + length] = self.sent[first : first + length]
 
 
-@contextlib.contextmanager
-def hold_guest(monitor: Monitor) -> Iterator[HeldGuest]:
-    """Have QEMU hold a VM with shared RAM while its memory is read, as `save_shared` does.
-
-    Afterwards the guest is as it was found, running if it ran, whatever happened in between.
+class HeldContents(VmContents):
+    """A VM whose shared memory is mapped here.
 
     Args:
         monitor: of the VM.
+        shared: its blocks that are mapped, by idstr.
+        notes: what the operator should know.
 
     Raises:
-        BusyError: QEMU is migrating.
-        PeerError: as for `save_shared`; on leaving, QEMU did not take the guest back in time.
-        FormatError: QEMU's stream breaks a rule.
+        PeerError: QEMU would have to send more than is taken.
     """
-    before, healed = state_to_save(monitor)
+
+    def __init__(
+        self, monitor: Monitor, shared: Mapping[str, MemorySource], notes: Sequence[str]
+    ) -> None:
+        blocks = monitor.ram_blocks()
+        sizes = {each.idstr: each.used_length for each in blocks if each.idstr not in shared}
+        check_sent(sizes, PeerError)
+        self._shared = dict(shared)
+        self._sent = {idstr: _SentMemory(size) for idstr, size in sizes.items()}
+        by_name: dict[str, Memory] = {**self._shared, **self._sent}
+        super().__init__(monitor, blocks, [by_name[each.idstr] for each in blocks], notes)
+
+    @contextmanager
+    def standstill(self) -> Iterator[None]:
+        """See `LiveContents`; QEMU holds the guest, and takes it back however the block ends.
+
+        Raises:
+            BusyError: QEMU is migrating, or its RAM has changed.
+            PeerError: QEMU refuses, or let the guest run on meanwhile; its stream broke off.
+            FormatError: the stream breaks a rule.
+        """
+        monitor = self._monitor
+        before, healed = state_to_save(monitor)
+        sizes = {idstr: memory.length_bytes for idstr, memory in self._shared.items()}
+        with monitor.saved_settings(), migrating(monitor) as connection:
+            stream = receive(
+                connection, sizes, on_setup=lambda stream: check_listed(stream, self._shared)
+            )
+            self._take(stream)
+            yield
+            self._facts, notes = describe_guest(monitor)
+            check_still_ours(monitor)
+            self.notes += (*healed, *notes)
+            try:
+                self.warnings += let_go(monitor, connection, keep=True)
+            except PeerError as error:
+                self.warnings.append(f"QEMU did not take its guest back: {error}")
+            if before in LIVE and stream.stopped_at is not None:
+                self.stopped_seconds = time.monotonic() - stream.stopped_at
+
+    def _take(self, stream: DeviceStream) -> None:
+        """Keep what the stream brought.
+
+        Raises:
+            BusyError: these are not the blocks that were found before.
+        """
+        if stream.blocks != [(block.idstr, block.used_length) for block in self.blocks]:
+            raise BusyError("the VM's RAM changed as it was to be saved; try again")
+        for idstr, block in stream.private.items():
+            self._sent[idstr].sent = block.memory
+        self._state = DeviceState.compose(
+            self.section_id, stream.early, stream.full, stream.vmdescription
+        )
+
+
+@contextmanager
+def held_guest(
+    monitor: Monitor, *, why: HostError | PeerError, notes: Sequence[str] = ()
+) -> Iterator[HeldContents]:
+    """Open a VM's shared memory by the paths that QEMU names.
+
+    Args:
+        monitor: of the VM.
+        why: its process is not read; told in a note.
+        notes: what else the operator should know.
+
+    Raises:
+        PeerError: its RAM is no shared file that we may open; says ``why``, too.
+        HostError: likewise.
+    """
     unproved: list[str] = []
-    with (
-        mapped_memories(monitor, unproved) as memories,
-        monitor.saved_settings(),
-        migrating(monitor) as connection,
-    ):
-        sizes = {idstr: memory.length_bytes for idstr, memory in memories.items()}
-        stream = receive(connection, sizes, on_setup=lambda stream: check_listed(stream, memories))
-        held = HeldGuest(HeldContents(monitor, stream, memories))
-        held.contents.notes += (*healed, *unproved)
+    with ExitStack() as stack:
+        try:
+            memories = stack.enter_context(mapped_memories(monitor, unproved))
+            note = f"archived by a migration that leaves shared RAM out: {why}"
+            held = HeldContents(monitor, memories, [*notes, note, *unproved])
+        except PeerError as error:
+            if error.may_pass:
+                raise
+            raise type(why)(f"{why}; and not by a migration: {error}") from None
         yield held
-        held.notes = tuple(let_go(monitor, connection, keep=True))
-        let_go_at = time.monotonic()
-    if before == "running" and stream.stopped_at is not None:
-        held.stopped_seconds = let_go_at - stream.stopped_at

@@ -7,10 +7,10 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Literal
 
-from uringmig.errors import HostError, LimitError, PeerError
+from uringmig.errors import HostError, PeerError
 from uringmig.options import WriteOptions
 from uringmig.progress import ProgressCallback
-from uringmig.qemu.guestmemory import guest_memory
+from uringmig.qemu.guestmemory import why_unreadable
 from uringmig.qemu.monitor import Monitor
 from uringmig.qemu.outside import save_outside
 from uringmig.qemu.sharedram import save_shared
@@ -54,21 +54,10 @@ def save_vm(
         monitor = qmp if isinstance(qmp, Monitor) else stack.enter_context(Monitor(qmp))
         reason = None
         if how == "auto":
-            reason = _why_not_outside(monitor)
+            reason = why_unreadable(monitor)
         if how == "migrate" or reason is not None:
             return _by_migration(monitor, out, then, options, progress, reason)
         return save_outside(monitor, out, options=options, then=then, progress=progress)
-
-
-def _why_not_outside(monitor: Monitor) -> HostError | PeerError | None:
-    """Try whether QEMU's memory may be read; nothing is stopped for that."""
-    try:
-        with guest_memory(monitor):
-            return None
-    except LimitError:
-        raise
-    except (HostError, PeerError) as error:
-        return error
 
 
 def _by_migration(

@@ -1,4 +1,4 @@
-"""From which run states a guest can be held now, later, or not at all."""
+"""From which run states a guest can be saved now, later, or not at all."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import cast
 import pytest
 
 from uringmig.errors import PeerError
-from uringmig.qemu.heldguest import hold_guest
 from uringmig.qemu.monitor import Migration, Monitor
+from uringmig.qemu.vmsave import state_to_save
 
 
 class Standing:
@@ -35,9 +35,6 @@ class Standing:
     [("finish-migrate", True), ("inmigrate", True), ("postmigrate", False), ("colo", False)],
 )
 def test_a_state_that_passes_may_be_waited_for(state: str, passes: bool) -> None:
-    with (
-        pytest.raises(PeerError, match=f"in state '{state}'") as caught,
-        hold_guest(cast(Monitor, Standing(state))),
-    ):
-        pass
+    with pytest.raises(PeerError, match=f"in state '{state}'") as caught:
+        state_to_save(cast(Monitor, Standing(state)))
     assert caught.value.may_pass is passes

@@ -1,0 +1,86 @@
+"""A VM's memory and state, for whoever archives it; nothing is written here.
+
+From outside, as `qemu.outside` saves a VM: its memory is mapped or read in QEMU's process, whatever
+kind it is, and nothing of QEMU's is changed. Where we may not do that, QEMU holds the guest by a
+migration (`qemu.heldguest`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from uringmig.errors import PeerError
+from uringmig.qemu.guardian import standing_still
+from uringmig.qemu.guestfacts import describe_guest
+from uringmig.qemu.guestmemory import GuestMemory, guest_memory, why_unreadable
+from uringmig.qemu.heldguest import held_guest
+from uringmig.qemu.moment import Moment, refuse_what_is_more
+from uringmig.qemu.monitor import Monitor
+from uringmig.qemu.vmcontents import VmContents
+from uringmig.qemu.vmsave import state_to_save
+
+
+class GuestContents(VmContents):
+    """A VM read from outside.
+
+    Args:
+        monitor: of the VM.
+        memory: of the VM.
+        notes: what the operator should know.
+    """
+
+    def __init__(self, monitor: Monitor, memory: GuestMemory, notes: Sequence[str]) -> None:
+        memories = [memory.memory_of(block.idstr) for block in memory.blocks]
+        super().__init__(monitor, memory.blocks, memories, notes)
+        self._memory = memory
+
+    @contextmanager
+    def standstill(self) -> Iterator[None]:
+        """See `LiveContents`; a guest that was found stopped stays as it is.
+
+        Raises:
+            BusyError: another save of this guest is under way, or its RAM has changed.
+            PeerError: QEMU refuses, went away, or another client let the guest go on.
+            HostError: this host cannot start the guardian of a guest that is stopped.
+            FormatError: QEMU's device state is not as expected.
+        """
+        # Since this was opened another save may have begun, for which the guest stands still.
+        _, healed = state_to_save(self._monitor)
+        with standing_still(self._monitor) as still:
+            still.stop()
+            moment = Moment(self._monitor, self._memory, still)
+            yield
+            self._facts, notes = describe_guest(self._monitor)
+            moment.check()
+            self._state = moment.state
+            self.notes += (*healed, *notes)
+            try:
+                still.go_on()
+            except PeerError as error:
+                self.warnings.append(f"the guest was not let go on: {error}")
+            if still.live:
+                self.stopped_seconds = time.monotonic() - still.stopped_at
+
+
+@contextmanager
+def open_guest(monitor: Monitor, *, notes: Sequence[str] = ()) -> Iterator[VmContents]:
+    """Open a VM of this host for being archived; nothing of it is changed before it has to be.
+
+    Args:
+        monitor: of the VM.
+        notes: what the operator should know of it already.
+
+    Raises:
+        PeerError: the VM has something that cannot be saved, or its memory cannot be reached.
+        HostError: no right to read QEMU's process.
+    """
+    reason = why_unreadable(monitor)
+    if reason is not None:
+        with held_guest(monitor, why=reason, notes=notes) as held:
+            yield held
+        return
+    refuse_what_is_more(monitor)
+    with guest_memory(monitor) as memory:
+        yield GuestContents(monitor, memory, notes)
