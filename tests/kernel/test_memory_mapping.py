@@ -178,6 +178,26 @@ def test_a_dense_file_is_asked_once(monkeypatch: pytest.MonkeyPatch, memfd: int)
     assert calls == [os.SEEK_DATA, os.SEEK_HOLE]
 
 
+def test_a_hole_does_not_ask_where_the_data_behind_it_ends(
+    monkeypatch: pytest.MonkeyPatch, memfd: int
+) -> None:
+    """Asked for each window of the hole, that would be quadratic, too."""
+    os.pwrite(memfd, b"\x01" * (4 << 20), 12 << 20)
+    memory = FileMemory(memfd)
+    calls = []
+    real_lseek = os.lseek
+
+    def counting_lseek(fd: int, position: int, how: int) -> int:
+        calls.append(how)
+        return real_lseek(fd, position, how)
+
+    monkeypatch.setattr(os, "lseek", counting_lseek)
+    for start in range(0, 12 << 20, 1 << 20):
+        assert len(memory.data_extents(start=start, length=1 << 20)) == 0
+    assert calls == [os.SEEK_DATA] * 12
+    assert memory.data_extents(start=8 << 20, length=8 << 20).start.tolist() == [12 << 20]
+
+
 def test_pages_set_aside_and_never_written_are_a_hole(memfd: int) -> None:
     """fallocate(2) counts them in st_blocks, and reading them would clear each."""
     os.posix_fallocate(memfd, 0, 16 << 20)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -86,6 +88,45 @@ def test_what_is_there_is_found_exactly() -> None:
         assert memory.next_data(4608 * PAGE) == SIZE - PAGE
         assert memory.next_data(SIZE) == SIZE
         assert isinstance(memory, CopiedMemory)
+
+
+def test_asking_window_by_window_walks_the_page_tables_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without a limit the kernel walks to the end of what it found: quadratic for dense memory."""
+    walked = []
+    real_ioctl = fcntl.ioctl
+
+    def looking(fd: int, request: int, argument: bytearray) -> int:
+        found: int = real_ioctl(fd, request, argument)
+        start, walk_end = struct.unpack_from("=Q8xQ", argument, 2 * 8)
+        walked.append(walk_end - start)
+        return found
+
+    with remote_memory("anonymous", SIZE, range(SIZE // PAGE)) as remote, opened(remote) as memory:
+        monkeypatch.setattr(fcntl, "ioctl", looking)
+        for start in range(0, SIZE, MIB):
+            assert memory.next_data(start) == start
+    assert walked == [PAGE] * (SIZE // MIB)
+
+
+def test_asking_window_by_window_reads_a_window_of_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same without the ioctl, on kernels before 6.7."""
+    lengths = []
+    real_pread = os.pread
+
+    def looking(fd: int, length: int, offset: int) -> bytes:
+        lengths.append(length)
+        return real_pread(fd, length, offset)
+
+    with (
+        remote_memory("anonymous", SIZE, range(SIZE // PAGE)) as remote,
+        opened(remote, scan=False) as memory,
+    ):
+        monkeypatch.setattr(os, "pread", looking)
+        for start in range(0, SIZE, 4 * MIB):
+            assert memory.next_data(start) == start
+    assert sum(lengths) <= 8 * SIZE // PAGE
 
 
 def test_pages_that_were_only_read_are_zero() -> None:

@@ -213,7 +213,7 @@ class FileMemory:
         position = first
         while position < limit:
             try:
-                known_first, known_limit = self._data_at(position)
+                known_first, known_limit = self._data_at(position, limit)
             except OSError as error:
                 if error.errno == errno.ENXIO:
                     break  # Nothing but hole up to the end of the file.
@@ -226,15 +226,18 @@ class FileMemory:
             position = max(range_limit, range_first)
         return ranges
 
-    def _data_at(self, position: int) -> tuple[int, int]:
+    def _data_at(self, position: int, limit: int) -> tuple[int, int]:
         """Find the data that an offset lies in, or the next after it: first byte and end.
 
+        Where it begins beyond ``limit`` its end is not asked for, and is told to be there, too.
         Channels begin at the same time, and one walk through the page cache is enough for all.
         """
         with self._asking:
             known_first, known_limit = self._known_data
             if not known_first <= position < known_limit:
                 known_first = os.lseek(self._fd, position, os.SEEK_DATA)
+                if known_first >= limit:
+                    return known_first, known_first
                 known_limit = os.lseek(self._fd, known_first, os.SEEK_HOLE)
                 self._known_data = (known_first, known_limit)
             return known_first, known_limit

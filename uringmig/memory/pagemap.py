@@ -36,6 +36,8 @@ _WORD_BYTES: Final = 8
 _THERE: Final = np.uint64(3 << 62)
 #: Pages asked for at a time without the ioctl: 512 KiB of words, 256 MiB of memory.
 _CHUNK_PAGES: Final = 64 * KiB
+#: The same where the first page that is there will do: mostly it is among these.
+_FIRST_PAGES: Final = KiB
 
 Pairs = list[tuple[int, int]]
 
@@ -76,7 +78,7 @@ class Pagemap:
         found: Pairs = []
         at = start
         while at < end:
-            ranges, at = self._look(at, end, most=_REGIONS)
+            ranges, at = self._look(at, end)
             found += ranges
         return found
 
@@ -88,33 +90,36 @@ class Pagemap:
         """
         at = start
         while at < end:
-            ranges, at = self._look(at, end, most=1)
+            ranges, at = self._look(at, end, first_page=True)
             if ranges:
                 return ranges[0][0]
         return end
 
-    def _look(self, start: int, end: int, *, most: int) -> tuple[Pairs, int]:
-        """At most so many ranges, and the address up to which they are all there are."""
+    def _look(self, start: int, end: int, *, first_page: bool = False) -> tuple[Pairs, int]:
+        """Some ranges, and the address up to which they are all; or the first page's at least."""
         if self.scans:
-            return self._scan(start, end, most)
-        end = min(end, start + _CHUNK_PAGES * PAGE_SIZE)
+            return self._scan(start, end, pages_max=1 if first_page else 0)
+        end = min(end, start + (_FIRST_PAGES if first_page else _CHUNK_PAGES) * PAGE_SIZE)
         return self._read(start, end), end
 
     def _can_scan(self) -> bool:
         """Try it on nothing."""
         try:
-            self._scan(0, 0, 1)
+            self._scan(0, 0)
         except OSError as error:
             if error.errno not in _UNKNOWN:
                 raise
             return False
         return True
 
-    def _scan(self, start: int, end: int, most: int) -> tuple[Pairs, int]:
-        """See `_look`: by the ioctl."""
-        regions = np.empty((most, 3), np.uint64)
+    def _scan(self, start: int, end: int, *, pages_max: int = 0) -> tuple[Pairs, int]:
+        """See `_look`: by the ioctl, which finds at most so many pages; 0 is no limit.
+
+        Without that limit it walks to the end of a region, even of the first one.
+        """
+        regions = np.empty((_REGIONS, 3), np.uint64)
         there = _IS_PRESENT | _IS_SWAPPED
-        span = _ARGUMENT.size, 0, start, end, 0, regions.ctypes.data, most, 0
+        span = _ARGUMENT.size, 0, start, end, 0, regions.ctypes.data, _REGIONS, pages_max
         argument = bytearray(
             _ARGUMENT.pack(*span, _IS_PFNZERO, _IS_PFNZERO, there, _IS_PRESENT)
         )  # not the zero page, and present or swapped out
