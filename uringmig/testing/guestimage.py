@@ -14,6 +14,7 @@ Its lines (each ends with CR LF, as serial consoles do)::
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -30,15 +31,29 @@ mkdir -p /proc /sys /dev /mem /state
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs devtmpfs /dev
-mount -t tmpfs -o size=100%,nr_inodes=0 tmpfs /mem
-mount -t tmpfs tmpfs /state
 exec </dev/ttyS0 >/dev/ttyS0 2>&1
 stty -echo
 echo 1 >/proc/sys/kernel/printk
 fill=0
+least=0
+modules=
 for word in $(cat /proc/cmdline); do
-    case $word in fill=*) fill=${word#fill=} ;; esac
+    case $word in
+        fill=*) fill=${word#fill=} ;;
+        least=*) least=${word#least=} ;;
+        modules=*) modules=${word#modules=} ;;
+    esac
 done
+echo online >/sys/devices/system/memory/auto_online_blocks
+for module in $(echo $modules | tr , ' '); do
+    insmod /modules/$module.ko || echo "UM no module $module"
+done
+# Memory that a device brings in comes some time after its driver.
+while [ $(awk '/^MemTotal/ { print $2 }' /proc/meminfo) -lt $((least * 1024)) ]; do
+    sleep 0.1
+done
+mount -t tmpfs -o size=100%,nr_inodes=0 tmpfs /mem
+mount -t tmpfs tmpfs /state
 
 # The page cache of files in /mem is the memory that is filled; a digest reads all of it.
 digest() { echo "UM digest=$(cat /mem/* | md5sum | cut -d' ' -f1)"; }
@@ -69,6 +84,15 @@ while read -r line; do
 done
 """
 
+#: What virtio devices on a PCI bus need, in the order it is loaded.
+_VIRTIO: Final = (
+    "virtio_ring",
+    "virtio",
+    "virtio_pci_modern_dev",
+    "virtio_pci_legacy_dev",
+    "virtio_pci",
+)
+
 
 @dataclass(frozen=True, slots=True)
 class GuestImage:
@@ -76,27 +100,40 @@ class GuestImage:
 
     Attributes:
         kernel: a Linux bzImage.
-        initramfs: an uncompressed cpio archive with busybox and our /init.
+        initramfs: an uncompressed cpio archive with busybox, our /init and virtio's drivers.
     """
 
     kernel: Path
     initramfs: Path
 
-    def command_line(self, *, fill_bytes: int) -> str:
-        """The kernel command line; ``fill_bytes`` is rounded up to whole MiB."""
-        fill = align_up(fill_bytes, MiB) // MiB
-        return f"console=ttyS0 quiet loglevel=1 panic=-1 fill={fill}"
+    def command_line(
+        self, *, fill_bytes: int, drivers: Sequence[str] = (), least_bytes: int = 0
+    ) -> str:
+        """The kernel command line.
+
+        Args:
+            fill_bytes: how much memory to fill; rounded up to whole MiB.
+            drivers: virtio drivers to load first, for example ``virtio_mem``.
+            least_bytes: memory to wait for, which devices bring in.
+        """
+        fill, least = align_up(fill_bytes, MiB) // MiB, least_bytes // MiB
+        modules = ",".join([*_VIRTIO, *drivers] if drivers else [])
+        return (
+            f"console=ttyS0 quiet loglevel=1 panic=-1 fill={fill} least={least} modules={modules}"
+        )
 
 
 def build_guest(folder: Path) -> GuestImage | None:
     """Build the initramfs in ``folder`` from what ci/setup fetched; None if that is not there.
 
-    The environment variables URINGMIG_KERNEL and URINGMIG_BUSYBOX name other files to use.
+    The environment variables URINGMIG_KERNEL and URINGMIG_BUSYBOX name other files to use; another
+    kernel's drivers are not known.
     """
     kernel = Path(os.environ.get("URINGMIG_KERNEL", GUEST_FOLDER / "vmlinuz"))
     busybox = Path(os.environ.get("URINGMIG_BUSYBOX", GUEST_FOLDER / "busybox"))
     if not (os.path.isfile(kernel) and os.path.isfile(busybox)):
         return None
+    drivers = [] if "URINGMIG_KERNEL" in os.environ else sorted(GUEST_FOLDER.glob("modules/*.ko"))
     initramfs = folder / "initramfs.cpio"
     initramfs.write_bytes(
         _cpio(
@@ -104,6 +141,8 @@ def build_guest(folder: Path) -> GuestImage | None:
                 ("bin", 0o040755, b""),
                 ("bin/busybox", 0o100755, busybox.read_bytes()),
                 ("init", 0o100755, _INIT.encode()),
+                ("modules", 0o040755, b""),
+                *((f"modules/{one.name}", 0o100644, one.read_bytes()) for one in drivers),
             ]
         )
     )

@@ -44,6 +44,8 @@ class Machine:
             alone.
         guest: what to boot; None for a machine with nothing to run.
         fill_bytes: how much memory the guest fills.
+        drivers: virtio drivers that the guest loads, for example ``virtio_mem``.
+        least_bytes: memory that the guest waits for before it fills it.
         paused: start stopped (``-S``).
         incoming: wait for ``migrate-incoming`` (``-incoming defer``).
         arguments: more of QEMU's own, at the end of the command line.
@@ -69,6 +71,8 @@ class Machine:
         backend: str | None = None,
         guest: GuestImage | None = None,
         fill_bytes: int = 0,
+        drivers: Sequence[str] = (),
+        least_bytes: int = 0,
         paused: bool = False,
         incoming: bool = False,
         arguments: Sequence[str] = (),
@@ -89,10 +93,16 @@ class Machine:
                 # Made here, so that it is fresh: QEMU would take an old file with its content.
                 shared.unlink(missing_ok=True)
                 shared.touch(mode=0o600)
+            boot = []
+            if guest is not None:
+                words = guest.command_line(
+                    fill_bytes=fill_bytes, drivers=drivers, least_bytes=least_bytes
+                )
+                boot = _boot(guest, words)
             command = [
                 program,
                 *_hardware(memory_bytes, shared, backend),
-                *([] if guest is None else _boot(guest, fill_bytes)),
+                *boot,
                 *(["-S"] if paused else []),
                 *(["-incoming", "defer"] if incoming else []),
                 *["-serial", f"unix:{folder / 'serial.sock'}"],
@@ -257,10 +267,10 @@ def _hardware(memory_bytes: int, shared: Path | None, backend: str | None) -> li
     ]
 
 
-def _boot(guest: GuestImage, fill_bytes: int) -> list[str]:
+def _boot(guest: GuestImage, command_line: str) -> list[str]:
     return [
         *["-kernel", str(guest.kernel), "-initrd", str(guest.initramfs)],
-        *["-append", guest.command_line(fill_bytes=fill_bytes)],
+        *["-append", command_line],
     ]
 
 
