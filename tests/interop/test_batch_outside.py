@@ -1,0 +1,134 @@
+"""Archive jobs of running VMs, whatever their RAM: the guest goes on while it is copied."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from batchjobs import check_archive, job, job_ends, run_jobs, write_jobs
+from commandline import uringmig
+from realguest import (
+    FILL_BYTES,
+    GUEST_BYTES,
+    StartMachine,
+    assert_goes_on,
+    put_to_sleep,
+    shared_path,
+)
+
+from uringmig.testing.guestimage import GuestImage
+from uringmig.testing.machine import Machine
+from uringmig.units import MiB
+
+#: Backend and tier: each kind of RAM once, each tier with memory that is mapped and that is read.
+KINDS = {
+    "-m": ("", "hot"),
+    "memfd": ("memory-backend-memfd,share=on", "cold"),
+    "memfd private": ("memory-backend-memfd,share=off", "cold"),
+    "file shared": ("memory-backend-file,mem-path={file},share=on", "hot"),
+    "folder": ("memory-backend-file,mem-path=/dev/shm,share=on", "hot"),
+}
+
+
+def kept(machine: Machine) -> tuple[Any, ...]:
+    """All that QEMU keeps and that a job might change."""
+    monitor = machine.monitor
+    return monitor.capabilities(), monitor.parameters(), monitor.descriptors()
+
+
+def host_bytes(machine: Machine) -> int:
+    rollup = Path(f"/proc/{machine.process.pid}/smaps_rollup").read_text()
+    return 1024 * int(rollup.split("Rss:")[1].split()[0])
+
+
+def restore(folder: Path, entry: str, target: Machine) -> None:
+    done = uringmig(
+        "archive", "restore", folder / "archive", entry, "--qmp", target.qmp_path, "--then", "cont"
+    )
+    assert done.code == 0, done.err
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_any_ram_is_archived_while_its_guest_goes_on(
+    name: str, guest: GuestImage, start_machine: StartMachine, tmp_path: Path
+) -> None:
+    """A low rate makes the copy long, and the guest stands still for a small part of it.
+
+    The entry is of the end of the copy, not of its beginning; nothing of QEMU's is changed.
+    """
+    backend, tier = KINDS[name]
+    file = shared_path()
+    try:
+        machine = start_machine(
+            memory_bytes=GUEST_BYTES,
+            backend=backend.format(file=file),
+            guest=guest,
+            fill_bytes=FILL_BYTES,
+        )
+        digest = machine.console.wait_until_ready()
+    finally:
+        file.unlink(missing_ok=True)
+    before, held, count = kept(machine), host_bytes(machine), machine.console.count()
+    one = job("vm", f"qmp = '{machine.qmp_path}'", rate="12M", tier=tier, verify=True, retries=0)
+    path = write_jobs(tmp_path, one, defaults='entry = "{name}"\nlevel = 1')
+    ended = run_jobs(path)
+    assert ended.code == 0, ended.err
+    end = job_ends(ended)["vm"]
+    archived = end["archived"]
+    assert (end["notes"], end["warnings"], archived["kind"]) == ([], [], "qmp")
+    assert 0 < archived["stopped_seconds"] < archived["seconds"] / 4
+    assert machine.monitor.run_state() == "running"
+    assert machine.monitor.run_events() == ("STOP", "RESUME")
+    assert kept(machine) == before
+    assert host_bytes(machine) - held < 8 * MiB, "looking at memory allocated some"
+    assert_goes_on(machine)
+    entry = check_archive(tmp_path / "archive")["vm"]
+    facts = json.loads(Path(entry.manifest).read_bytes())["guest"]
+    assert any(one["block"] == "pc.ram" for one in facts["memory_map"])
+    target = start_machine(memory_bytes=GUEST_BYTES, backend="", guest=guest, incoming=True)
+    restore(tmp_path, "vm", target)
+    assert target.console.digest() == digest
+    assert target.console.count() > count + 1, "what it did during the copy is not in the entry"
+    assert_goes_on(target)
+
+
+@pytest.mark.parametrize("tier", ["hot", "cold"])
+@pytest.mark.parametrize("state", ["paused", "prelaunch", "suspended", "guest-panicked"])
+def test_a_guest_is_left_in_the_state_it_was_found_in(
+    state: str, tier: str, start_machine: StartMachine, tmp_path: Path
+) -> None:
+    """And restored into it."""
+    arguments = ["-device", "pvpanic", "-action", "panic=pause"]
+    machine = start_machine(
+        memory_bytes=64 * MiB, backend="", paused=state == "prelaunch", arguments=arguments
+    )
+    if state == "paused":
+        machine.monitor.execute("stop")
+    elif state == "suspended":
+        put_to_sleep(machine)
+    elif state == "guest-panicked":
+        machine.monitor.human("o/b 0x505 1")
+    while machine.monitor.run_state() != state:
+        time.sleep(0.01)
+    before = kept(machine)
+    path = write_jobs(
+        tmp_path,
+        job("vm", f"qmp = '{machine.qmp_path}'", tier=tier, retries=0),
+        defaults='entry = "{name}"',
+    )
+    ended = run_jobs(path)
+    assert ended.code == 0, ended.err
+    assert machine.monitor.run_state() == state
+    assert kept(machine) == before
+    stopped = job_ends(ended)["vm"]["archived"]["stopped_seconds"]
+    assert (stopped > 0) == (state == "suspended")
+    waiting = start_machine(memory_bytes=64 * MiB, backend="", incoming=True, arguments=arguments)
+    done = uringmig(
+        "archive", "restore", tmp_path / "archive", "vm", "--qmp", waiting.qmp_path, "--then",
+        "leave",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert waiting.monitor.run_state() == state
