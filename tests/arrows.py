@@ -74,8 +74,8 @@ ARROWS: Final[dict[str, tuple[str, ...]]] = {
     "testing": ("qemu.monitor", "storage"),
     "verify": ("contents", "image", "progress", "reader", "storage"),
     "qemu": (
-        "contents", "format", "image.guestfacts", "image.parse", "memory", "pages", "progress",
-        "result", "signals", "storage", "writer",
+        "contents", "format", "image.guestfacts", "image.manifest", "image.parse", "image.sidecar",
+        "memory", "pages", "progress", "result", "signals", "storage", "writer",
     ),
     "qemu.address": (),
     "qemu.guardprocess": (),

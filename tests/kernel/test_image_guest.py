@@ -102,7 +102,7 @@ def folder(image: Path) -> None:
 
 
 def newer(image: Path) -> None:
-    text = json.loads(sidecar(image).read_bytes()) | {"version": 3}
+    text = json.loads(sidecar(image).read_bytes()) | {"version": manifest.VERSION + 1}
     sidecar(image).write_text(json.dumps(text))
 
 

@@ -22,6 +22,7 @@ from uringmig.format.headers import (
     StreamHeader,
     pack_lstr,
 )
+from uringmig.format.qcow2 import Qcow2Header, Qcow2Snapshot
 
 UUID = bytes(range(16))
 
@@ -105,6 +106,9 @@ def test_record_of_another_length_is_refused(record: Any, wire: bytes) -> None:
         (SectionFooter.STRUCT, 5),
         (Command.STRUCT, 5),
         (MappedRamHeader.STRUCT, 28),
+        (Qcow2Header.STRUCT, 72),
+        (Qcow2Snapshot.STRUCT, 40),
+        (Qcow2Snapshot.EXTRA, 16),
     ],
 )
 def test_struct_sizes(layout: struct.Struct, size: int) -> None:

@@ -65,6 +65,7 @@ class Strange:
     """A monitor whose QEMU answers every question in one strange way; None is to refuse it."""
 
     qemu_version = (99, 0, 0)
+    peer_pid = 0
 
     def __init__(self, answer: object) -> None:
         self._answer = answer
@@ -89,6 +90,10 @@ def test_what_qemu_does_not_say_stays_out_and_fails_no_save(answer: object) -> N
     facts, notes = describe_guest(cast(Monitor, Strange(answer)))
     assert facts.qemu_version == "99.0.0"
     assert (facts.memory_map, facts.kvm, facts.uuid, facts.name) == (None, None, None, None)
-    (note,) = notes
-    assert note.startswith("the manifest has no map of the guest's memory: ")
-    assert len(note) < 500
+    assert notes[0].startswith("the manifest has no map of the guest's memory: ")
+    # Only an empty list says that there are no disks.
+    assert [note.split(":")[0] for note in notes[1:]] == (
+        [] if answer in ([], {}) else ["the manifest does not tell the guest's disks"]
+    )
+    assert not facts.disks
+    assert all(len(note) < 500 for note in notes)

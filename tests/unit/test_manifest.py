@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from uringmig.errors import FormatError
 from uringmig.image import digest, manifest
-from uringmig.image.guestfacts import GuestFacts, MapRange
+from uringmig.image.guestfacts import DiskFile, GuestDisk, GuestFacts, MapRange
 
 SAMPLE = manifest.Manifest(
     created="2026-01-01T00:00:00+00:00",
@@ -108,7 +108,7 @@ def test_manifest_is_json_with_its_format_and_version() -> None:
     ("name", "value"),
     [
         ("format", "other"),
-        ("version", 3),
+        ("version", 4),
         ("version", 0),
         ("digest", "md5"),
         ("digest_bytes", 1 << 20),
@@ -122,10 +122,10 @@ def test_another_kind_of_manifest_is_refused(name: str, value: object) -> None:
 
 def test_a_newer_version_is_told_as_such_whatever_else_it_has() -> None:
     """The version decides before any field does: what a newer one has is not called unknown."""
-    text = as_json() | {"version": 3, "format": "uringmig-manifest", "from_the_future": {}}
+    text = as_json() | {"version": 4, "format": "uringmig-manifest", "from_the_future": {}}
     with pytest.raises(FormatError, match="manifest version") as caught:
         manifest.decode(json.dumps(text).encode())
-    assert (caught.value.expected, caught.value.found) == ("1 to 2", 3)
+    assert (caught.value.expected, caught.value.found) == ("1 to 3", 4)
 
 
 GUEST = GuestFacts(
@@ -182,6 +182,55 @@ def test_a_map_that_does_not_fit_the_image_is_refused(
     text = json.loads(manifest.encode(WITH_GUEST))
     text["guest"]["memory_map"][number] |= change
     with pytest.raises(FormatError, match=message):
+        manifest.decode(json.dumps(text).encode())
+
+
+DISK = GuestDisk(
+    device="/machine/peripheral/dev0/virtio-backend",
+    backend="disk0",
+    node="#block123",
+    size=1 << 30,
+    kept="internal",
+    files=[DiskFile(path="/d.qcow2", format="qcow2", inode=7)],
+    snapshot="uringmig-1",
+    snapshot_id="1",
+)
+WITH_DISKS = msgspec.structs.replace(
+    WITH_GUEST, guest=msgspec.structs.replace(GUEST, disks=[DISK]), version=3
+)
+
+
+def test_disks_are_read_back_and_make_the_third_version() -> None:
+    """As with the machine's facts; a machine without disks stays readable for older programs."""
+    assert manifest.version_of(WITH_DISKS.guest or None) == 3
+    assert "disks" not in json.loads(manifest.encode(WITH_GUEST))["guest"]
+    assert manifest.decode(manifest.encode(WITH_DISKS)) == WITH_DISKS
+    with pytest.raises(FormatError, match="manifest version"):
+        manifest.decode(manifest.encode(msgspec.structs.replace(WITH_DISKS, version=2)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"kept": "none"},
+        {"kept": "external"},
+        {"snapshot": None},
+        {"overlay": "/o"},
+        {"kept": "elsewhere"},
+        {"files": []},
+        {"files": [{"path": "", "format": None}]},
+        {"files": [{"path": "/d", "format": "x" * 256}]},
+        {"files": [{"path": "/d", "format": None, "size": -1}]},
+        {"size": 1 << 63},
+        {"node": 5},
+        {"more": 1},
+    ],
+)
+def test_disks_that_contradict_themselves_are_refused(change: dict[str, object]) -> None:
+    """Whoever looks for the disks of an image finds each said to be kept in one way."""
+    text = json.loads(manifest.encode(WITH_DISKS))
+    text["guest"]["disks"][0] |= change
+    with pytest.raises(FormatError, match=r"manifest|disk '/machine"):
         manifest.decode(json.dumps(text).encode())
 
 

@@ -31,6 +31,11 @@ if TYPE_CHECKING:
         help="Read the VM's memory from outside, or have QEMU migrate and leave shared RAM out; "
         "auto takes the second where QEMU's process cannot be read.",
     ),
+    click.Option(
+        ["--disks"], type=str, default="none", metavar="none|internal|external=DIR",
+        help="Keep the guest's disks as they are at the image's moment: not, by a snapshot in each "
+        "qcow2 file, or beneath overlays in DIR, to which the guest writes from then on.",
+    ),
     *parameters.transfer(),
     click.Option(
         ["--manifest/--no-manifest"], default=parameters.WRITE.manifest,
@@ -46,6 +51,7 @@ def save(
     out: Path,
     then: Literal["cont", "quit", "leave"] | None,
     how: Literal["auto", "outside", "migrate"],
+    disks: str,
     options: WriteOptions,
     manifest: bool,
     profile: bool,
@@ -63,7 +69,10 @@ def save(
         # busy, should have us wait.
         from uringmig.qemu.saving import save_vm
 
-        done = save_vm(monitor, out, how=how, then=then, options=options, progress=session.progress)
+        done = save_vm(
+            monitor, out, how=how, then=then, disks=disks, options=options,
+            progress=session.progress,
+        )  # fmt: skip
     for note in done.notes:
         # A fallback that the options allow is a note; what else went amiss is a warning.
         (output.note if note in done.image.notes else output.warn)(note)

@@ -7,7 +7,7 @@ image knows blocks, and a tool of forensics asks for physical addresses.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated
+from typing import Annotated, Final, Literal
 
 import msgspec
 
@@ -19,6 +19,15 @@ Word = Annotated[str, msgspec.Meta(max_length=255)]
 #: A guest-physical address, or bytes.
 Bytes = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 31) - 1)]
+#: A file's name as QEMU has it; PATH_MAX and a little.
+FileName = Annotated[str, msgspec.Meta(min_length=1, max_length=5000)]
+#: More disks than any machine has buses for, and longer chains than QEMU opens.
+DISKS_MAX: Final = 4096
+CHAIN_MAX: Final = 1024
+
+#: How the disk of the image's moment is kept: not at all; as an internal snapshot in its file; as
+#: its file itself, over which an overlay was put; or in the image's own memory, as flash is.
+Kept = Literal["none", "internal", "external", "image"]
 
 
 class MapRange(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -42,6 +51,55 @@ class MapRange(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     region: Word
 
 
+class DiskFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One file of those that a disk lies in; None is what could not be looked at.
+
+    Attributes:
+        path: absolute, as QEMU's process sees it, or QEMU's own word for what is no plain file.
+        format: ``qcow2``, ``raw``, ...
+        inode: of a regular file.
+        size: of the file, in bytes.
+        modified_ns: when it was last written, in nanoseconds of Unix time, as it was kept.
+    """
+
+    path: FileName
+    format: Word | None
+    inode: Bytes | None = None
+    size: Bytes | None = None
+    modified_ns: Bytes | None = None
+
+
+class GuestDisk(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A disk that the guest may write to.
+
+    Attributes:
+        device: QOM path or id of the guest's device.
+        backend: id of QEMU's ``-drive``, if it has one.
+        node: name of the block node that it wrote to.
+        size: of the disk as the guest sees it, in bytes.
+        kept: how the disk of the image's moment is kept.
+        files: what the disk of that moment lies in: its file, then what is behind that.
+        snapshot: name of the internal snapshot.
+        snapshot_id: its number in the file.
+        overlay: the file that the guest writes to since then.
+    """
+
+    device: FileName
+    backend: Word | None
+    node: Word
+    size: Bytes
+    kept: Kept
+    files: Annotated[list[DiskFile], msgspec.Meta(min_length=1, max_length=CHAIN_MAX)]
+    snapshot: Word | None = None
+    snapshot_id: Word | None = None
+    overlay: FileName | None = None
+
+    @property
+    def name(self) -> str:
+        """What people call it: the drive's id, or the device's without its path."""
+        return self.backend or self.device.removesuffix("/virtio-backend").rpartition("/")[2]
+
+
 class GuestFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The machine as QEMU described it while the guest stood still; None is what it did not say.
 
@@ -56,6 +114,7 @@ class GuestFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         name: of the virtual machine, QEMU's ``-name``.
         uuid: of the virtual machine, QEMU's ``-uuid``.
         memory_map: where its memory lay, ascending and without overlap.
+        disks: those that it may write to; not there if there is none.
     """
 
     qemu_version: Word
@@ -68,6 +127,9 @@ class GuestFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     name: Word | None
     uuid: Word | None
     memory_map: Annotated[list[MapRange], msgspec.Meta(max_length=MAPPED_RANGES_MAX)] | None
+    disks: Annotated[list[GuestDisk], msgspec.Meta(max_length=DISKS_MAX)] | msgspec.UnsetType = (
+        msgspec.UNSET
+    )
 
 
 def check_map(ranges: Sequence[MapRange], lengths: Mapping[str, int] | None) -> None:
@@ -97,3 +159,16 @@ def check_map(ranges: Sequence[MapRange], lengths: Mapping[str, int] | None) -> 
                 expected=lengths[one.block],
                 found=one.offset + one.length,
             )
+
+
+def check_disks(disks: Sequence[GuestDisk]) -> None:
+    """Check that what is said of each disk goes with the way it is kept.
+
+    Raises:
+        FormatError: names the first disk that breaks a rule.
+    """
+    for one in disks:
+        if (one.kept == "internal") != (one.snapshot is not None):
+            raise FormatError(f"disk {one.device!r}: snapshot of one that is kept", found=one.kept)
+        if (one.kept == "external") != (one.overlay is not None):
+            raise FormatError(f"disk {one.device!r}: overlay of one that is kept", found=one.kept)

@@ -5,13 +5,14 @@ Optional: stock QEMU loads the image with or without it. `verify` reads it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Final, Literal, TypeVar
 
 import msgspec
 
 from uringmig.errors import FormatError
 from uringmig.image import digest
-from uringmig.image.guestfacts import GuestFacts, check_map
+from uringmig.image.guestfacts import GuestFacts, check_disks, check_map
 from uringmig.options import WINDOW_BYTES
 from uringmig.units import MiB
 
@@ -22,7 +23,9 @@ COLD_FORMAT: Final = "uringmig-cold-manifest"
 #: Of a manifest that has nothing but what the first programs knew.
 FIRST_VERSION: Final = 1
 #: Of one that has ``guest`` or ``pieces``, fields that they do not know and so refuse.
-VERSION: Final = 2
+SECOND_VERSION: Final = 2
+#: Of one whose ``guest`` has ``disks``.
+VERSION: Final = 3
 #: 64 TiB of RAM give 16 Mi windows of 35 bytes, and pieces are kept of at most a TiB of data, in
 #: 256 MiB: no honest manifest is larger.
 BYTES_MAX: Final = 900 * MiB
@@ -167,7 +170,9 @@ _Manifest = TypeVar("_Manifest", Manifest, ColdManifest)
 
 def version_of(guest: GuestFacts | None, *, pieces: bool = False) -> int:
     """The oldest version that a manifest with these can have: old programs read what they can."""
-    return FIRST_VERSION if guest is None and not pieces else VERSION
+    if guest is not None and guest.disks is not msgspec.UNSET:
+        return VERSION
+    return FIRST_VERSION if guest is None and not pieces else SECOND_VERSION
 
 
 def encode(manifest: ArchiveManifest) -> bytes:
@@ -180,7 +185,7 @@ def decode(data: bytes) -> Manifest:
 
     Raises:
         FormatError: it is not JSON, lacks a field, or is of another format, digest or newer
-            version; or its map of the guest's memory does not fit its blocks.
+            version; or what it says of the guest's memory or disks does not fit.
     """
     said = _checked(data, Manifest, FORMAT)
     pieces = sum(block.pieces is not msgspec.UNSET for block in said.blocks)
@@ -190,9 +195,8 @@ def decode(data: bytes) -> Manifest:
     if said.piece_bytes != expected:
         raise FormatError("manifest piece_bytes", expected=expected, found=said.piece_bytes)
     _check_version(said, version_of(said.guest or None, pieces=bool(pieces)))
-    if said.guest and said.guest.memory_map is not None:
-        lengths = {block.idstr: block.used_length for block in said.blocks}
-        check_map(said.guest.memory_map, lengths)
+    if said.guest:
+        _check_guest(said.guest, {block.idstr: block.used_length for block in said.blocks})
     return said
 
 
@@ -204,9 +208,17 @@ def decode_cold(data: bytes) -> ColdManifest:
     """
     said = _checked(data, ColdManifest, COLD_FORMAT)
     _check_version(said, version_of(said.guest or None))
-    if said.guest and said.guest.memory_map is not None:
-        check_map(said.guest.memory_map, None)
+    if said.guest:
+        _check_guest(said.guest, None)
     return said
+
+
+def _check_guest(guest: GuestFacts, lengths: Mapping[str, int] | None) -> None:
+    """Check what is said of a machine, by the used lengths of its blocks if they are known here."""
+    if guest.memory_map is not None:
+        check_map(guest.memory_map, lengths)
+    if guest.disks is not msgspec.UNSET:
+        check_disks(guest.disks)
 
 
 def _structure(data: bytes, kind: type[_Struct]) -> _Struct:

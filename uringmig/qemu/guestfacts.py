@@ -14,7 +14,8 @@ import msgspec
 
 from uringmig.errors import FormatError
 from uringmig.format.mtree import MappedRange, parse_mtree
-from uringmig.image.guestfacts import GuestFacts, MapRange, check_map
+from uringmig.image.guestfacts import GuestDisk, GuestFacts, MapRange, check_map
+from uringmig.qemu.disknodes import writable_disks
 from uringmig.qemu.monitor import HostBlock, Monitor
 from uringmig.qemu.qmp import CommandError
 
@@ -48,6 +49,7 @@ def describe_guest(monitor: Monitor) -> tuple[GuestFacts, tuple[str, ...]]:
     kvm = _entry(_ask(monitor, "query-kvm"), "enabled")
     uuid = _word(_entry(_ask(monitor, "query-uuid"), "UUID"))
     memory_map, notes = _memory_map(monitor)
+    disks, more = _disks(monitor)
     facts = GuestFacts(
         qemu_version=".".join(map(str, monitor.qemu_version)),
         qemu_package=_word(_entry(_ask(monitor, "query-version"), "package")),
@@ -59,8 +61,9 @@ def describe_guest(monitor: Monitor) -> tuple[GuestFacts, tuple[str, ...]]:
         name=_word(_entry(_ask(monitor, "query-name"), "name")),
         uuid=None if uuid == _NO_UUID else uuid,
         memory_map=memory_map,
+        disks=disks or msgspec.UNSET,
     )
-    return facts, notes
+    return facts, (*notes, *more)
 
 
 def _ask(monitor: Monitor, command: str, /, **arguments: Any) -> Any:
@@ -81,6 +84,14 @@ def _word(value: Any) -> str | None:
     if isinstance(value, str) and 0 < len(value) <= _WORD_MAX and value.isprintable():
         return value
     return None
+
+
+def _disks(monitor: Monitor) -> tuple[list[GuestDisk], tuple[str, ...]]:
+    """The disks that the guest may write to, or none and the reason."""
+    try:
+        return [one.facts for one in writable_disks(monitor)], ()
+    except (CommandError, FormatError) as error:
+        return [], (f"the manifest does not tell the guest's disks: {error}",)
 
 
 def _memory_map(monitor: Monitor) -> tuple[list[MapRange] | None, tuple[str, ...]]:

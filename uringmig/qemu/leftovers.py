@@ -9,8 +9,10 @@ from __future__ import annotations
 import fcntl
 import os
 
-from uringmig.errors import BusyError
+from uringmig.errors import BusyError, PeerError, StorageError
 from uringmig.format.constants import CAPABILITY_IGNORE_SHARED
+from uringmig.qemu.diskundo import NOTE as DISKS_NOTE
+from uringmig.qemu.diskundo import settle
 from uringmig.qemu.guardprocess import GO_ON, NOTES, OURS
 from uringmig.qemu.monitor import SETTINGS_NOTE, Monitor
 
@@ -28,7 +30,8 @@ def heal(monitor: Monitor) -> tuple[str, ...]:
     ours = [each for each in monitor.descriptors() if each[1].startswith(OURS)]
     notes = [opaque for _, opaque, _ in ours]
     if any(
-        opaque in NOTES.values() and _is_held(monitor.peer_pid, number)
+        (opaque in NOTES.values() or opaque.startswith(DISKS_NOTE))
+        and _is_held(monitor.peer_pid, number)
         for _, opaque, number in ours
     ):
         raise BusyError("another save of this VM is under way")
@@ -39,6 +42,12 @@ def heal(monitor: Monitor) -> tuple[str, ...]:
     if not monitor.migration().ended:
         return tuple(done)  # settings stay as they are while they are used
     for fdset, opaque, _ in ours:
+        if opaque.startswith(DISKS_NOTE):
+            try:
+                done += filter(None, [settle(monitor, opaque)])
+            except (PeerError, StorageError) as error:
+                done.append(f"what a killed save kept of the disks could not be undone: {error}")
+                continue
         if opaque.startswith(SETTINGS_NOTE) and monitor.put_back_noted(opaque):
             done.append("migration settings that a killed save had changed were put back")
         monitor.remove_descriptors(fdset)

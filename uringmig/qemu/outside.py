@@ -15,7 +15,9 @@ from uringmig.errors import PeerError
 from uringmig.image.guestfacts import GuestFacts
 from uringmig.options import WriteOptions
 from uringmig.progress import ProgressCallback
-from uringmig.qemu.guardian import Standstill, standing_still
+from uringmig.qemu.disks import DiskMoment
+from uringmig.qemu.diskway import NO_DISKS, DisksWay
+from uringmig.qemu.guardian import LIVE, Standstill, standing_still
 from uringmig.qemu.guestfacts import describe_guest
 from uringmig.qemu.guestmemory import GuestMemory, guest_memory
 from uringmig.qemu.moment import (
@@ -36,6 +38,7 @@ def save_outside(
     *,
     options: WriteOptions = WriteOptions(),  # noqa: B008 - frozen
     then: Then | None = None,
+    disks: DisksWay = NO_DISKS,
     progress: ProgressCallback | None = None,
 ) -> VmSave:
     """Save a VM on this host, whatever its RAM, to one mapped-ram image.
@@ -45,6 +48,7 @@ def save_outside(
         out: the image's final name.
         options: how to write.
         then: let the guest ``cont``, ``quit`` QEMU, or ``leave`` it stopped; None: as it was found.
+        disks: how the guest's disks are kept at the image's moment.
         progress: called with a `Snapshot` about ten times a second.
 
     Raises:
@@ -55,11 +59,14 @@ def save_outside(
         StorageError: the image cannot be written; the guest is as it was.
     """
     with ExitStack() as stack:
+        # It ends last: what was done to the disks is taken back while the guest goes on already.
+        disk_moment = stack.enter_context(DiskMoment(monitor, disks, out))
         # First of all: its process comes up while the guest is looked at.
         still = stack.enter_context(standing_still(monitor))
         _, healed = state_to_save(monitor)
         refuse_what_is_more(monitor)
         memory = stack.enter_context(guest_memory(monitor))
+        disk_moment.prepare()
         # What cannot be written at all shows before the guest is stopped.
         writer = stack.enter_context(
             MappedRamWriter(
@@ -72,19 +79,24 @@ def save_outside(
             )
         )
         still.stop()
-        image, notes, stopped = _write(monitor, memory, writer, still, then, facts=options.manifest)
+        image, notes, stopped = _write(
+            monitor, memory, writer, still, disk_moment, then, facts=options.manifest
+        )
         if then in ("leave", "quit"):
             still.keep()
     notes += _go_on(monitor, then, still)
+    state_after = None if then == "quit" and not notes else _state_after(monitor)
+    told = disk_moment.notes(goes_on=state_after in LIVE)
     return VmSave(
-        image=image,
+        image=replace(image, notes=(*image.notes, *told)),
         how="outside",
         blocks_mapped=tuple(memory.mapped),
         blocks_copied=tuple(memory.copied),
         stopped_seconds=stopped if still.live else 0.0,
         state_before=still.found,
-        state_after=None if then == "quit" and not notes else _state_after(monitor),
-        notes=(*image.notes, *healed, *notes),
+        state_after=state_after,
+        disks=tuple(disk_moment.disks),
+        notes=(*image.notes, *told, *healed, *notes),
     )
 
 
@@ -93,6 +105,7 @@ def _write(
     memory: GuestMemory,
     writer: MappedRamWriter,
     still: Standstill,
+    disk_moment: DiskMoment,
     then: Then | None,
     *,
     facts: bool,
@@ -110,6 +123,7 @@ def _write(
     for _ in writer.iter_write_all():
         if facts and guest is None:  # while the channels write
             guest, notes = describe_guest(monitor)
+    disk_moment.take()
     moment.check()
     amiss = []
     if then in (None, "cont"):
@@ -118,7 +132,8 @@ def _write(
         except PeerError as error:
             amiss.append(f"{DONE_BUT} {error}")
     stopped = time.monotonic() - still.stopped_at
-    image = writer.finish(moment.state, guest=guest)
+    image = writer.finish(moment.state, guest=disk_moment.describe(guest))
+    disk_moment.keep()
     told = replace(image.time, receive=moment.received_seconds)
     return replace(image, time=told, notes=(*image.notes, *notes)), amiss, stopped
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from uringmig.errors import BusyError, PeerError
+from uringmig.image.guestfacts import GuestDisk
 from uringmig.qemu.leftovers import heal
 from uringmig.qemu.monitor import Monitor
 from uringmig.result import SaveResult
@@ -40,6 +41,7 @@ class VmSave:
         stopped_seconds: how long the guest stood still for it; 0.0 if it did not run before.
         state_before: QEMU's run state when we came.
         state_after: and when we left; None after ``quit``.
+        disks: those that the guest may write to, and how each is kept.
         notes: what the operator should know, one line each.
     """
 
@@ -50,6 +52,7 @@ class VmSave:
     stopped_seconds: float
     state_before: str
     state_after: str | None
+    disks: tuple[GuestDisk, ...]
     notes: tuple[str, ...]
 
 

@@ -9,6 +9,7 @@ Its lines (each ends with CR LF, as serial consoles do)::
     UM digest=<md5 of all that was filled>    once filled, and as the answer to "digest"
     UM count=<n>                              every second, and as the answer to "count"
     UM ready                                  after the first digest: questions are read now
+    UM ran=<status>                           after what the shell was told by "run <words>"
 """
 
 from __future__ import annotations
@@ -78,6 +79,7 @@ echo "UM ready"
 while read -r line; do
     case $line in
         digest*) digest ;;
+        run*) eval "${line#run }"; echo "UM ran=$?" ;;
         count*) echo "UM count=$(cat /state/count)" ;;
         off*) poweroff -f ;;
     esac

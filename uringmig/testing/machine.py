@@ -245,6 +245,12 @@ class Console:
         self.send("count")
         return int(self.wait_for(r"^UM count=(\d+)$")[1])
 
+    def run(self, command: str) -> int:
+        """Have the guest's shell run a command; returns its exit status."""
+        self._pass_over()
+        self.send(f"run {command}")
+        return int(self.wait_for(r"^UM ran=(\d+)$")[1])
+
     def _pass_over(self) -> None:
         """Drop the lines that came before a question."""
         self._lines.clear()
