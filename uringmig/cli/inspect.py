@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from uringmig.cli.session import Session
 from uringmig.cli.table import table_lines
 from uringmig.errors import naming
 from uringmig.format.constants import MAPPED_RAM_FILE_OFFSET_ALIGNMENT
-from uringmig.image.guestfacts import GuestFacts
+from uringmig.image.guestfacts import GuestDisk, GuestFacts, how_kept
 from uringmig.image.sidecar import guest_of_image, sidecar_path
 from uringmig.options import PAGE_SIZE, ReadOptions
 from uringmig.reader import BlockInfo, MappedRamReader
@@ -188,7 +189,24 @@ def _guest_lines(guest: GuestFacts) -> list[str]:
             for one in guest.memory_map
         ]
         lines += table_lines([["guest address", "size", "ramblock", "from", ""], *rows])
+    if guest.disks:
+        lines += [
+            "",
+            *table_lines([["disk", "size", "kept", "node", "file"], *_disk_rows(guest.disks)]),
+        ]
     return lines
+
+
+def _disk_rows(disks: Sequence[GuestDisk]) -> list[list[str]]:
+    """A row for each file that a disk of the image's moment lies in."""
+    return [
+        row
+        for one in disks
+        for row in (
+            [one.name, format_size(one.size), how_kept(one), one.node, one.files[0].path],
+            *(["", "", "", "", f"over {behind.path}"] for behind in one.files[1:]),
+        )
+    ]
 
 
 def _block_row(block: BlockSummary) -> list[str]:

@@ -265,5 +265,7 @@ def _plain(value: object) -> object:
     if dataclasses.is_dataclass(value):
         return _plain_fields(value)
     if hasattr(value, "__struct_fields__"):  # msgspec's, which need not be loaded for all others
-        return {name: getattr(value, name) for name in value.__struct_fields__}
+        import msgspec
+
+        return msgspec.to_builtins(value)  # without what is not set
     return str(value)

@@ -82,6 +82,8 @@ def save(
 
 def _lines(done: VmSave, *, depth: int, verbose: bool) -> list[str]:
     """What a person wants to know of a save."""
+    from uringmig.image.guestfacts import how_kept  # there by now
+
     image, time = done.image, done.image.time
     rate = image.written_bytes / time.elapsed / 1e6
     lines = [
@@ -91,6 +93,11 @@ def _lines(done: VmSave, *, depth: int, verbose: bool) -> list[str]:
         f"{image.channels} channels x {depth} x {format_size(image.block_size)}",
         f"guest was {done.state_before}, is {done.state_after or 'gone'}, "
         f"stood still for {done.stopped_seconds:.2f} s",
+        *(
+            f"disk {one.name} ({one.files[0].path}) kept: {how_kept(one)}"
+            for one in done.disks
+            if one.kept in ("internal", "external")
+        ),
     ]
     if verbose:
         lines += [

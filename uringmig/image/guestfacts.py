@@ -161,6 +161,19 @@ def check_map(ranges: Sequence[MapRange], lengths: Mapping[str, int] | None) -> 
             )
 
 
+def how_kept(disk: GuestDisk) -> str:
+    """How the disk of the image's moment is kept, in a few words."""
+    match disk.kept:
+        case "internal":
+            return f"snapshot {disk.snapshot}"
+        case "external":
+            return f"beneath {disk.overlay}"
+        case "image":
+            return "in the image"
+        case "none":
+            return "not"
+
+
 def check_disks(disks: Sequence[GuestDisk]) -> None:
     """Check that what is said of each disk goes with the way it is kept.
 
