@@ -123,6 +123,8 @@ def _write(
     for _ in writer.iter_write_all():
         if facts and guest is None:  # while the channels write
             guest, notes = describe_guest(monitor)
+    if facts and guest is None:  # they were done at once
+        guest, notes = describe_guest(monitor)
     disk_moment.take()
     moment.check()
     amiss = []

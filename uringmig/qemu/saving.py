@@ -10,7 +10,9 @@ from typing import Literal
 from uringmig.errors import HostError, PeerError, StateError
 from uringmig.options import WriteOptions
 from uringmig.progress import ProgressCallback
+from uringmig.qemu.disks import DiskMoment
 from uringmig.qemu.diskway import DisksWay
+from uringmig.qemu.guardian import LIVE
 from uringmig.qemu.guestmemory import why_unreadable
 from uringmig.qemu.monitor import Monitor
 from uringmig.qemu.outside import save_outside
@@ -80,15 +82,17 @@ def _by_migration(
     progress: ProgressCallback | None,
     reason: HostError | PeerError | None,
 ) -> VmSave:
-    """Save by the other way, and say why."""
+    """Save by the other way, and say why, and that disks are not kept."""
+    disks = DiskMoment(monitor)
+    disks.prepare()
     try:
         saved = save_shared(monitor, out, options=options, then=then, progress=progress)
     except PeerError as error:
         if reason is None or error.may_pass:
             raise
         raise type(reason)(f"{reason}; and not by a migration: {error}") from None
-    if reason is None:
-        return saved
-    note = f"saved by a migration that leaves shared RAM out (--how migrate): {reason}"
-    image = replace(saved.image, notes=(*saved.image.notes, note))
-    return replace(saved, image=image, notes=(note, *saved.notes))
+    told = disks.notes(goes_on=saved.state_after in LIVE)
+    if reason is not None:
+        told = (f"saved by a migration that leaves shared RAM out (--how migrate): {reason}", *told)
+    image = replace(saved.image, notes=(*saved.image.notes, *told))
+    return replace(saved, image=image, disks=tuple(disks.disks), notes=(*told, *saved.notes))

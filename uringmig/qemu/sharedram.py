@@ -28,8 +28,6 @@ from uringmig.memory.source import MemorySource
 from uringmig.options import WriteOptions
 from uringmig.progress import ProgressCallback
 from uringmig.qemu.backing import open_backing
-from uringmig.qemu.disks import DiskMoment
-from uringmig.qemu.guardian import LIVE
 from uringmig.qemu.guestfacts import describe_guest
 from uringmig.qemu.monitor import Monitor, growing_pauses
 from uringmig.qemu.qmp import CommandError
@@ -81,8 +79,6 @@ def save_shared(
         HostError: io_uring is required and cannot be had.
     """
     before, healed = state_to_save(monitor)
-    disk_moment = DiskMoment(monitor)
-    disk_moment.prepare()
     image: SaveResult | None = None
     stream: DeviceStream | None = None
     notes: list[str] = []
@@ -110,18 +106,15 @@ def save_shared(
     stopped = 0.0
     if before == "running" and stream.stopped_at is not None:
         stopped = let_go_at - stream.stopped_at
-    state_after = None if then == "quit" and handed_over else _state_after(monitor)
-    told = disk_moment.notes(goes_on=state_after in LIVE)
     return VmSave(
-        image=replace(image, notes=(*image.notes, *told)),
+        image=image,
         how="migrate",
         blocks_mapped=tuple(memories),
         blocks_copied=tuple(stream.private),
         stopped_seconds=stopped,
         state_before=before,
-        state_after=state_after,
-        disks=tuple(disk_moment.disks),
-        notes=(*image.notes, *told, *healed, *notes),
+        state_after=None if then == "quit" and handed_over else _state_after(monitor),
+        notes=(*image.notes, *healed, *notes),
     )
 
 

@@ -52,8 +52,8 @@ class VmSave:
     stopped_seconds: float
     state_before: str
     state_after: str | None
-    disks: tuple[GuestDisk, ...]
     notes: tuple[str, ...]
+    disks: tuple[GuestDisk, ...] = ()
 
 
 def state_to_save(monitor: Monitor) -> tuple[str, tuple[str, ...]]:
