@@ -17,12 +17,17 @@ from typing import Literal
 import msgspec
 import numpy as np
 
-from uringmig import MappedRamReader, MappedRamWriter, RamBlock, ReadOptions, WriteOptions
+from uringmig import (
+    MappedRamReader,
+    MappedRamWriter,
+    RamBlock,
+    ReadOptions,
+    WriteOptions,
+    save_vm,
+)
 from uringmig.errors import UringmigError
 from uringmig.memory.mapping import FileMemory
 from uringmig.progress import Snapshot
-from uringmig.qemu.monitor import Monitor
-from uringmig.qemu.sharedram import save_shared
 from uringmig.result import SaveResult
 from uringmig.storage.enginechoice import EngineChoice
 from uringmig.testing.engines import MemoryEngine, NullEngine
@@ -39,7 +44,7 @@ class Job(msgspec.Struct, kw_only=True):
         action: save memory to an image, or read an image into memory.
         ram: file that is the guest's memory.
         image: the image's name.
-        qmp: save the machine at this socket (route B), not just the file; None is the file alone.
+        qmp: save the machine at this socket, not just the file; None is the file alone.
         engine: ``null`` and ``memory`` are made here; None leaves it to the options.
         options: of `WriteOptions` or `ReadOptions`, by name.
     """
@@ -106,9 +111,8 @@ def serve(job: Job) -> Answer:
         return _read(job, started)
     options = WriteOptions(**job.options)  # type: ignore[arg-type]  # checked by its own class
     if job.qmp is not None:
-        with Monitor(job.qmp) as monitor:
-            result = save_shared(monitor, job.image, options=options, progress=progress).image
-        return _saved(result, timeline, started)
+        saved = save_vm(job.qmp, job.image, how="outside", options=options, progress=progress)
+        return _saved(saved.image, timeline, started)
     with closing(FileMemory(job.ram)) as memory:
         engine, started = _engine(job, memory.length_bytes, started)
         blocks = [RamBlock("pc.ram", memory)]

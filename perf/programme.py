@@ -9,7 +9,7 @@ from typing import Final, Literal
 
 from perf.program import Program
 from perf.rivals import Fio, Kind, Loader, Ours, Qemu, Rival
-from perf.workloads import WORKLOADS, Workload
+from perf.workloads import OF_QEMU, WORKLOADS, Workload
 from uringmig.errors import StateError
 from uringmig.units import GiB, KiB, MiB
 
@@ -39,7 +39,9 @@ _UNBRIDGED: Final = Ours(channels=1, depth=16, bridge=0)
 _TWINS: Final = (Ours(twin="null"), Ours(twin="memory"), Ours(twin="null", channels=1, depth=16))
 #: The defaults as a user gets them, with the manifest; and the settings that were found fastest.
 _OURS: Final = (Ours(manifest=True), Ours(), Ours(channels=1, depth=16))
-_ROUTE_B: Final = Ours(route="machine", label="route-B", manifest=True)
+#: A whole machine at its socket, as a user saves it; and with one channel.
+_OUTSIDE: Final = Ours(route="machine", label="outside", manifest=True)
+_OUTSIDE_ONE: Final = Ours(route="machine", label="outside", channels=1, depth=16)
 _QEMU_DIRECT: Final = tuple(Qemu(channels=count, direct=True) for count in (1, 2, 4, 8))
 _FIO: Final = (
     Fio(),
@@ -68,7 +70,7 @@ def _dense(channels: Sequence[int]) -> tuple[Rival, ...]:
     return (
         *_OURS,
         *more,
-        _ROUTE_B,
+        _OUTSIDE,
         *_PWRITE,
         _BUFFERED,
         *_TWINS,
@@ -86,6 +88,22 @@ def _grid(depths: Sequence[int], sizes: Sequence[int]) -> tuple[Rival, ...]:
     return tuple(
         Ours(channels=1, depth=depth, block_size=size) for depth in depths for size in sizes
     )
+
+
+def _of_qemu(scale_down: int, rounds: int) -> list[Contest]:
+    """Guests whose RAM is QEMU's own: private, or a memfd."""
+    rivals: tuple[Rival, ...] = (_OUTSIDE, _OUTSIDE_ONE, Qemu(), _QEMU_DIRECT[1])
+    sizes = {"dense": 2 * GiB, "fragmented": GiB, "mixed": 2 * GiB, "idle": 8 * GiB}
+    return [
+        Contest(
+            "disk",
+            workload.resized(sizes[name.partition("-")[0]] // scale_down),
+            "save",
+            rivals,
+            rounds,
+        )
+        for name, workload in OF_QEMU.items()
+    ]
 
 
 def _memory_speed(target: TargetName, memory_bytes: int, rounds: int) -> Contest:
@@ -119,6 +137,7 @@ def _quick() -> list[Contest]:
         Contest("disk", of["idle"], "save", (*_OURS, _QEMU_DIRECT[1]), 1),
         Contest("disk", of["small"], "save", _SMALL, 3),
         Contest("disk", of["dense"].resized(GiB), "load", _LOADS, 2),
+        *_of_qemu(4, 1),
         _memory_speed("tmpfs", GiB, 1),
         _memory_speed("xfs-loop", GiB, 1),
     ]  # fmt: skip
@@ -128,7 +147,7 @@ def _full() -> list[Contest]:
     """Under forty minutes on a quiet machine."""
     of = WORKLOADS
     qemu: tuple[Rival, ...] = (Qemu(), *_QEMU_DIRECT[1:])
-    sparse: tuple[Rival, ...] = (*_OURS, _ROUTE_B, Ours(twin="null"), *qemu)
+    sparse: tuple[Rival, ...] = (*_OURS, _OUTSIDE, Ours(twin="null"), *qemu)
     depths, sizes = [1, 2, 4, 8, 16, 32], [64 * KiB, 256 * KiB, 512 * KiB, MiB, 2 * MiB, 4 * MiB]
     return [
         Contest("disk", of["dense"], "save", _dense([4, 8]), 7),
@@ -136,9 +155,10 @@ def _full() -> list[Contest]:
         Contest("disk", of["fragmented"], "save", (*sparse, _UNBRIDGED), 5),
         Contest("disk", of["mixed"], "save", sparse, 5),
         Contest("disk", of["zero"], "save", sparse, 3),
-        Contest("disk", of["idle"], "save", (*_OURS, _ROUTE_B, Qemu(), *_QEMU_DIRECT[1:3]), 3),
+        Contest("disk", of["idle"], "save", (*_OURS, _OUTSIDE, Qemu(), *_QEMU_DIRECT[1:3]), 3),
         Contest("disk", of["small"], "save", _SMALL, 10),
         Contest("disk", of["dense"].resized(2 * GiB), "load", _LOADS, 5),
+        *_of_qemu(1, 5),
         _memory_speed("tmpfs", 2 * GiB, 5),
         _memory_speed("xfs-loop", 2 * GiB, 5),
     ]

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal, Protocol
@@ -21,7 +21,7 @@ import msgspec
 
 from perf.child import Answer, Job
 from perf.observe import Costs, ProcessMemory, Watch
-from perf.workloads import GuestRam
+from perf.workloads import GuestRam, backend_of
 from uringmig.errors import HostError, PeerError
 from uringmig.options import PAGE_SIZE, DirectMode, WriteOptions
 from uringmig.qemu.restore import load_into
@@ -120,7 +120,7 @@ class Ours:
 
     Attributes:
         label: for the name, where the settings are not what it is about.
-        route: the RAM file alone, or a whole machine over QMP (route B).
+        route: the RAM file alone, or a whole machine over QMP, its memory read from outside.
         twin: an engine that has no disk: our own overhead alone.
         rate: limit in bytes a second, see `TransferOptions`.
         bridge: shorter gaps are written through; 0 makes a request of every run of pages.
@@ -414,17 +414,25 @@ def size_name(size_bytes: int) -> str:
 def machine_of(
     task: Task, *, incoming: bool = False, arguments: Sequence[str] = ()
 ) -> Iterator[Machine]:
-    """A stopped QEMU around the guest's memory; a waiting one has fresh memory of its own."""
-    memory_bytes = task.ram.workload.memory_bytes
-    with Machine(
-        task.scratch,
-        memory_bytes=memory_bytes,
-        shared=None if incoming else task.ram.path,
-        keep_shared=not incoming,
-        paused=True,
-        incoming=incoming,
-        arguments=arguments,
-    ) as machine:
+    """A stopped QEMU with the guest's memory; a waiting one has fresh memory of its own."""
+    workload = task.ram.workload
+    of_file = workload.ram == "file" and not incoming
+    with ExitStack() as stack:
+        with backend_of(workload.ram) as backend:
+            machine = stack.enter_context(
+                Machine(
+                    task.scratch,
+                    memory_bytes=workload.memory_bytes,
+                    shared=task.ram.path if of_file else None,
+                    keep_shared=of_file,
+                    backend=backend,
+                    paused=True,
+                    incoming=incoming,
+                    arguments=arguments,
+                )
+            )
+        if not of_file and not incoming:
+            task.ram.copy_into(machine.monitor, machine.process.pid)
         yield machine
 
 

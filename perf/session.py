@@ -119,7 +119,7 @@ class Session:
             if contest.kind == "load":
                 # An image of a real machine, which QEMU can load too.
                 self._attempt(
-                    contest, Ours(route="machine", label="route-B"), ram, image, direct=direct
+                    contest, Ours(route="machine", label="outside"), ram, image, direct=direct
                 )
             order = random.Random(f"{self.seed}/{contest.target}/{workload.name}/{contest.kind}")
             for number in range(1, contest.rounds + 1):

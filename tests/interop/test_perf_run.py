@@ -149,7 +149,7 @@ def test_holes_that_somebody_allocated_are_made_anew(qemu: str, tmp_path: Path) 
 EXAMPLES = (
     "uringmig io_uring 2x8x1M", "uringmig io_uring 1x16x1M*", "uringmig io_uring 1x[14]x*4M",
     "uringmig io_uring 1x[14]x256K", "uringmig memory*", "uringmig null 1x16*",
-    "uringmig route-B*", "qemu plain", "qemu mapped-ram multifd x2 direct",
+    "uringmig outside*", "qemu plain", "qemu mapped-ram multifd x2 direct",
     "fio io_uring 1x16x1M sized", "uringmig load*", "uringmig reader 2x8*",
 )  # fmt: skip
 
