@@ -26,7 +26,7 @@ def make_job(name: str) -> Job:
 ARCHIVED = Archived(
     image="/a/web1.mig", kind="mapped-ram", content_digest="00" * 16, fingerprint="f",
     memory_bytes=64 * MiB, stored_bytes=32 * MiB, file_bytes=65 * MiB, allocated_bytes=33 * MiB,
-    shared_bytes=MiB, resumed_bytes=0, ratio=1.0, seconds=2.0,
+    shared_bytes=MiB, resumed_bytes=0, ratio=1.0, seconds=2.0, stopped_seconds=0.25,
 )  # fmt: skip
 
 
@@ -66,11 +66,13 @@ def test_a_report_names_failures_first_and_no_text_breaks_its_line() -> None:
     (line,) = [line for line in text.splitlines() if line.startswith("- **bad**")]
     assert r"said \| &lt;b>no&lt;/b>\x1b[2J\nand left" in line
     (row,) = [line for line in text.splitlines() if line.startswith("| web1 |")]
-    assert "| 64.0 MiB | 32.0 MiB | 33.0 MiB | 1.0 MiB | 1.00 | 2.0 s | 17 |" in row
+    assert "| 64.0 MiB | 32.0 MiB | 33.0 MiB | 1.0 MiB | 1.00 | 2.0 s | 17 | 0.25 s |" in row
+    assert "- no guest stood still longer than 0.25 s (job web1)" in text.splitlines()
     assert "h:vda 16" in text
     described = describe_run(make_summary(make_state("web1", "done"), bad))
     assert msgspec.json.decode(msgspec.json.encode(described))["jobs"][1]["error"] == bad.error
     assert (described["done"], described["failed"], described["shared_bytes"]) == (1, 1, MiB)
+    assert described["longest_stopped_seconds"] == 0.25
 
 
 def test_what_is_wrong_with_an_archive_is_in_every_account() -> None:
@@ -98,6 +100,7 @@ def test_metrics_are_one_family_after_the_other() -> None:
     assert 'uringmig_job_share{job="web2"} 0.25' in lines
     assert 'uringmig_job_rate_bytes{job="web2"} 5.0' in lines
     assert 'uringmig_job_success{job="bad"} 0' in lines
+    assert 'uringmig_job_stopped_seconds{job="web1"} 0.25' in lines
     assert 'uringmig_disk_busy_share{disk="h:vda"} 0.5' in lines
     assert not [line for line in lines if "busy" in line and "vdb" in line]
     seen: list[str] = []

@@ -16,6 +16,7 @@ from uringmig.archive.copied import CopiedGuest, TierResult
 from uringmig.archive.copyjournal import Chunk
 from uringmig.archive.intake import WindowIntake
 from uringmig.archive.partialcopy import PartialCopy
+from uringmig.contents.live import LiveContents
 from uringmig.contents.source import Row, window_of
 from uringmig.image.draft import Durable
 from uringmig.image.manifest import ArchiveFields, ArchiveManifest, Settings
@@ -141,9 +142,13 @@ class CopyRun:
         return describe_settings(self._options, engine=self._engine.name, direct=direct)
 
     def seconds(self, durable: Durable) -> dict[str, float]:
-        """Where the time went so far, for a manifest."""
+        """Where the time went so far, for a manifest; ``stopped``: a live guest stood still."""
         elapsed = time.monotonic() - self._started
-        return describe_seconds(account(self.counters, elapsed=elapsed, sync=durable.sync_seconds))
+        told = describe_seconds(account(self.counters, elapsed=elapsed, sync=durable.sync_seconds))
+        contents = self._guest.contents
+        if isinstance(contents, LiveContents) and contents.stopped_seconds:
+            told["stopped"] = round(contents.stopped_seconds, 6)
+        return told
 
     @property
     def notes(self) -> list[str]:

@@ -13,7 +13,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final, Self
 
@@ -30,6 +30,8 @@ from uringmig.batch.state import JobState
 from uringmig.errors import LimitError, StateError, StorageError, UringmigError
 
 TIME_FORMAT: Final = "%Y%m%dT%H%M%SZ"
+#: As many seconds as runs that begin in one second.
+_AHEAD_MOST: Final = timedelta(minutes=1)
 
 
 class Ledger:
@@ -276,13 +278,13 @@ class Ledger:
         with self._told("the run begins anew"):
             self._state = read_state(path)
         self.resumed = self._state.resumable(job_digest=digest, now=now, within_s=resume_within_s)
-        begun = self._state.begun
+        begun = former = self._state.begun
         if not self.resumed or begun is None:
             self._state = journal.RunState()
             begun = journal.Begun(
                 job_file=self.job_file.path,
                 job_digest=digest,
-                time=datetime.fromtimestamp(now, UTC).strftime(TIME_FORMAT),
+                time=time_after(now, None if former is None else former.time),
                 at=now,
             )
         self.time = begun.time
@@ -334,6 +336,24 @@ class Ledger:
 
     def _place(self, archive: str, name: str, tier: str) -> EntryFiles:
         return self._archives[archive].place(name, "cold" if tier == "cold" else "hot")
+
+
+def time_after(now: float, former: str | None) -> str:
+    """What ``{time}`` stands for in a run that begins now: later than in the run before it.
+
+    That one may have begun in the same second, and its entries have their names already.
+
+    Args:
+        now: seconds since 1970.
+        former: what it stood for there, if that is known.
+    """
+    moment = datetime.fromtimestamp(now, UTC).replace(microsecond=0)
+    with contextlib.suppress(ValueError):
+        last = datetime.strptime(former or "", TIME_FORMAT).replace(tzinfo=UTC)
+        # Of a clock that was wrong then by more than this nothing is to be learnt.
+        if timedelta(0) <= last - moment < _AHEAD_MOST:
+            moment = last + timedelta(seconds=1)
+    return moment.strftime(TIME_FORMAT)
 
 
 def describe_entry(entry: Entry) -> Archived:

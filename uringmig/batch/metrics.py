@@ -168,6 +168,7 @@ def _jobs(page: _Page, view: RunView) -> None:
         ("uringmig_job_allocated_bytes", "What the image takes.", "allocated_bytes"),
         ("uringmig_job_shared_bytes", "Shared with earlier images.", "shared_bytes"),
         ("uringmig_job_memory_bytes", "Guest memory.", "memory_bytes"),
+        ("uringmig_job_stopped_seconds", "How long a live guest stood still.", "stopped_seconds"),
     ):
         page.family(name, "gauge", text)
         for state in view.jobs:

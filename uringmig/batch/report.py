@@ -18,7 +18,7 @@ FORMAT: Final = "uringmig-run-report"
 VERSION: Final = 1
 _COLUMNS: Final = (
     "job", "stage", "entry", "source", "memory", "in pages", "on disk", "shared", "ratio", "time",
-    "MB/s",
+    "MB/s", "stood still",
 )  # fmt: skip
 
 
@@ -61,6 +61,7 @@ def describe_run(summary: Summary) -> dict[str, Any]:
         "stored_bytes": summary.total(lambda one: one.stored_bytes),
         "allocated_bytes": summary.total(lambda one: one.allocated_bytes),
         "shared_bytes": summary.total(lambda one: one.shared_bytes),
+        "longest_stopped_seconds": round(summary.longest_stopped[0], 6),
         "peak_runner_bytes": summary.peak_runner_bytes,
         "peak_worker_bytes": summary.peak_worker_bytes,
         "disk_depths": dict(summary.depths),
@@ -139,7 +140,7 @@ def _table(jobs: Sequence[JobState]) -> list[str]:
         cells = [state.job.name, state.stage, f"{state.entry} ({state.job.tier})"]
         one = state.archived
         if one is None:
-            cells += [""] * 8
+            cells += [""] * 9
         else:
             rate = one.stored_bytes / one.seconds / 1e6 if one.seconds else 0.0
             cells += [
@@ -149,6 +150,7 @@ def _table(jobs: Sequence[JobState]) -> list[str]:
                 f"{one.ratio:.2f}",
                 format_duration(one.seconds) if one.seconds else "",
                 f"{rate:.0f}" if rate else "",
+                f"{one.stopped_seconds:.2f} s" if one.stopped_seconds else "",
             ]
         lines.append(f"| {' | '.join(map(_text, cells))} |")
     return lines
@@ -170,9 +172,12 @@ def _totals(summary: Summary) -> list[str]:
     taken = summary.total(lambda one: one.allocated_bytes)
     shared = summary.total(lambda one: one.shared_bytes)
     depths = ", ".join(f"{key} {depth}" for key, depth in summary.depths.items())
+    stopped, job = summary.longest_stopped
+    still = f"- no guest stood still longer than {stopped:.2f} s (job {_text(job)})"
     return [
         "## Totals",
         "",
+        *([still] if stopped else []),
         f"- guest memory {format_size(summary.total(lambda one: one.memory_bytes))}, "
         f"in pages {format_size(stored)}, on disk {format_size(taken)}, "
         f"of it shared {format_size(shared)}",

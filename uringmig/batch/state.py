@@ -157,6 +157,16 @@ class Summary:
         return sum(what(state.archived) for state in self.jobs if state.archived is not None)
 
     @property
+    def longest_stopped(self) -> tuple[float, str]:
+        """How long a live guest stood still at most, in seconds, and for which job; else 0.0."""
+        found = [
+            (state.archived.stopped_seconds, state.job.name)
+            for state in self.jobs
+            if state.archived is not None
+        ]
+        return max(found, default=(0.0, ""))
+
+    @property
     def exit_code(self) -> int:
         """0; 1 with warnings; else the highest code of a job that failed, or what ended the run."""
         if self.error_code:

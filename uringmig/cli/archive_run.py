@@ -289,6 +289,9 @@ def _summary_lines(summary: Summary, *, verbose: bool) -> list[str]:
         f"{format_size(summary.total(lambda one: one.memory_bytes))} of memory, "
         f"{format_size(taken)} on disk" + (f", {format_size(shared)} shared" if shared else ""),
     ]
+    stopped, job = summary.longest_stopped
+    if stopped:
+        lines.append(f"no guest stood still longer than {stopped:.2f} s (job {job})")
     if verbose:
         lines += [
             f"{state.job.name}: {state.stage}, {state.entry}"

@@ -26,10 +26,14 @@ class LiveContents(Contents, Protocol):
 
     Attributes:
         memories: each block's, in their order; may be asked from several threads.
+        stopped_seconds: how long its guest stood still for it; 0.0 if it did not run before.
     """
 
     @property
     def memories(self) -> Sequence[Memory]: ...  # noqa: D102
+
+    @property
+    def stopped_seconds(self) -> float: ...  # noqa: D102
 
     def runs(self) -> bool:
         """Whether the guest runs now, and goes on until `standstill`."""

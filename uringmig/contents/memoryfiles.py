@@ -58,6 +58,7 @@ class MemoryContents:
     """
 
     kind = "memory"
+    stopped_seconds = 0.0
 
     def __init__(
         self,
