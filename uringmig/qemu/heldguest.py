@@ -57,9 +57,9 @@ class _SentMemory:
 
     def read(self, extents: Extents, into: NDArray[np.uint8], *, start: int) -> None:
         """See `CopiedMemory`."""
-        assert self.sent is not None, "a hole is not read"
         pairs = zip(extents.start.tolist(), extents.length.tolist(), strict=True)
         for first, length in pairs:
+            assert self.sent is not None, "a hole has no extents"
             into[first - start : first - start + length] = self.sent[first : first + length]
 
 
