@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from pathlib import Path
 
 import numpy as np
-from hugepool import pool_count
+from hugepool import mounted_hugetlbfs, pool_count
 from remoteprocess import PAGE, expected_page, opened, read_all, remote_memory
 
 
 def test_private_huge_pages(huge_page: int, tmp_path: Path) -> None:
     """hugetlbfs, mapped privately: no huge page is taken from the pool for a hole."""
-    folder = tmp_path / "huge"
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "hugetlbfs", "none", folder], check=True)
-    try:
+    with mounted_hugetlbfs(tmp_path / "huge") as folder:
         size = 4 * huge_page
         (folder / "ram").touch()
         os.truncate(folder / "ram", size)
@@ -32,5 +28,3 @@ def test_private_huge_pages(huge_page: int, tmp_path: Path) -> None:
                 assert found == expected_page(page, salt=1)
             assert np.count_nonzero(whole.reshape(-1, PAGE).any(axis=1)) == len(touched)
             assert pool_count("Free") == free
-    finally:
-        subprocess.run(["umount", folder], check=True)
