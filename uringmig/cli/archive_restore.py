@@ -15,6 +15,7 @@ from uringmig.cli.archive import tell_state
 from uringmig.cli.command import command
 from uringmig.cli.session import Session
 from uringmig.errors import StateError, naming
+from uringmig.image.guestfacts import disk_lines
 from uringmig.options import ReadOptions, WriteOptions
 from uringmig.qemu.monitor import Monitor
 from uringmig.qemu.streamload import StreamLoad
@@ -78,6 +79,7 @@ def _into(
         if then == "cont" and done.run_state != "running":
             monitor.execute("cont")
             done = replace(done, run_state=monitor.run_state())
+    session.output.warn_all(done.unseen)
     return done
 
 
@@ -90,6 +92,7 @@ def _lines(name: str, done: RestoreResult | StreamLoad) -> list[str]:
         return [
             f"loaded {name}: {how}, {format_size(done.stream_bytes)} sent, machine {done.machine}",
             f"the guest is {done.run_state}",
+            *disk_lines(done.disks),
         ]
     kind = "mapped-ram image" if done.output == "hot" else "plain stream"
     return [f"restored {name} to {done.path}: {how}, {kind} of {format_size(done.file_bytes)}"]

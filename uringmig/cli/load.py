@@ -11,6 +11,7 @@ from uringmig.cli import parameters
 from uringmig.cli.command import command
 from uringmig.cli.session import Session
 from uringmig.errors import naming
+from uringmig.image.guestfacts import disk_lines
 from uringmig.options import DirectMode
 from uringmig.qemu.monitor import Monitor
 from uringmig.qemu.restore import LoadResult, load_into
@@ -64,4 +65,5 @@ def _lines(done: LoadResult) -> list[str]:
         f"loaded: {format_size(done.memory_bytes)} of memory, {format_size(done.page_bytes)} read "
         f"in {done.seconds:.2f} s ({rate:.0f} MB/s), machine {done.machine}",
         f"{how}, O_DIRECT {'on' if done.direct else 'off'}; the guest is {done.run_state}",
+        *disk_lines(done.disks),
     ]

@@ -174,7 +174,12 @@ def how_kept(disk: GuestDisk) -> str:
             return "not"
 
 
-def check_disks(disks: Sequence[GuestDisk]) -> None:
+def disk_lines(disks: Sequence[GuestDisk]) -> list[str]:
+    """What belongs to an image of the disks of its machine, for whoever restores it."""
+    return [f"disk {one.name} ({one.files[0].path}) was kept: {how_kept(one)}" for one in disks]
+
+
+def check_disk_facts(disks: Sequence[GuestDisk]) -> None:
     """Check that what is said of each disk goes with the way it is kept.
 
     Raises:

@@ -12,7 +12,7 @@ import msgspec
 
 from uringmig.errors import FormatError
 from uringmig.image import digest
-from uringmig.image.guestfacts import GuestFacts, check_disks, check_map
+from uringmig.image.guestfacts import GuestFacts, check_disk_facts, check_map
 from uringmig.options import WINDOW_BYTES
 from uringmig.units import MiB
 
@@ -218,7 +218,7 @@ def _check_guest(guest: GuestFacts, lengths: Mapping[str, int] | None) -> None:
     if guest.memory_map is not None:
         check_map(guest.memory_map, lengths)
     if guest.disks is not msgspec.UNSET:
-        check_disks(guest.disks)
+        check_disk_facts(guest.disks)
 
 
 def _structure(data: bytes, kind: type[_Struct]) -> _Struct:

@@ -19,13 +19,16 @@ from numpy.typing import NDArray
 
 from uringmig import signals
 from uringmig.errors import MismatchError, PeerError, StateError
+from uringmig.image.guestfacts import GuestDisk
 from uringmig.image.parse import parse_image, read_bitmap
+from uringmig.image.sidecar import guest_of_image
 from uringmig.memory.mapping import FileMemory
 from uringmig.memory.source import MemorySource
 from uringmig.options import PAGE_SIZE, WINDOW_BYTES, DirectMode
 from uringmig.pages import bitmap
 from uringmig.pages.zero import nonzero_pages
 from uringmig.qemu.backing import open_backing
+from uringmig.qemu.diskcheck import check_disks
 from uringmig.qemu.monitor import HostBlock, Monitor, RamBackend
 from uringmig.qemu.qmp import CommandError
 from uringmig.storage.directfile import open_direct
@@ -53,6 +56,7 @@ class LoadResult:
         seconds: from ``migrate-incoming`` until QEMU said "completed".
         run_state: of the guest afterwards: ``running``, ``paused``, ...
         notes: what went otherwise than preferred, one line each.
+        disks: of the machine that was saved, and how each was kept.
     """
 
     machine: str
@@ -63,6 +67,7 @@ class LoadResult:
     seconds: float
     run_state: str
     notes: tuple[str, ...]
+    disks: tuple[GuestDisk, ...]
 
 
 def load_into(
@@ -88,8 +93,9 @@ def load_into(
     Raises:
         StateError: path and options that cannot work.
         FormatError: the image breaks a rule, also one that QEMU does not check.
-        MismatchError: image and QEMU differ in machine type, blocks or sizes, or QEMU's memory
-            holds old bytes that the load would not clear.
+        MismatchError: image and QEMU differ in machine type, blocks or sizes, QEMU's memory holds
+            old bytes that the load would not clear, or its disks are seen to be others than those
+            that were kept for the image.
         StorageError: the image cannot be read, or O_DIRECT is required and cannot be had.
         PeerError: QEMU does not wait for a load, refused, failed, or went away.
     """
@@ -103,6 +109,8 @@ def load_into(
         check_blocks(image.blocks, monitor.ram_blocks())
         bitmaps = {block.idstr: read_bitmap(main, block) for block in image.blocks}
         notes = _check_fresh(monitor, bitmaps)
+        guest, unused = guest_of_image(path, main, base=offset, blocks=image.blocks)
+    notes += [*unused, *check_disks(monitor, guest)]
     use_direct = False
     if channels:
         use_direct, more = _choose_direct(monitor, path, direct)
@@ -125,6 +133,7 @@ def load_into(
         seconds=seconds,
         run_state=monitor.run_state(),
         notes=tuple(notes),
+        disks=tuple((guest and guest.disks) or ()),
     )
 
 

@@ -24,10 +24,12 @@ from uringmig.contents.comparing import Digests
 from uringmig.contents.source import Contents
 from uringmig.contents.streaming import plain_pieces
 from uringmig.errors import PeerError
+from uringmig.image.guestfacts import GuestDisk
 from uringmig.memory.mapping import FileMemory
 from uringmig.options import PAGE_SIZE
 from uringmig.progress import ChannelCounters, ProgressCallback, take_snapshot
 from uringmig.qemu.backing import open_backing
+from uringmig.qemu.diskcheck import check_disks
 from uringmig.qemu.monitor import Monitor
 from uringmig.qemu.restore import (
     check_blocks,
@@ -62,6 +64,8 @@ class StreamLoad:
         seconds: from ``migrate-incoming`` until QEMU said "completed".
         run_state: of the guest afterwards: ``running``, ``paused``, ...
         notes: what the operator should know, one line each.
+        disks: of the machine that was saved, and how each was kept.
+        unseen: for each disk that is not seen to be the one that was kept, a line.
     """
 
     machine: str
@@ -71,6 +75,8 @@ class StreamLoad:
     seconds: float
     run_state: str
     notes: tuple[str, ...]
+    disks: tuple[GuestDisk, ...]
+    unseen: tuple[str, ...]
 
 
 def stream_into(
@@ -92,8 +98,9 @@ def stream_into(
         progress: called with a `Snapshot` about ten times a second.
 
     Raises:
-        MismatchError: contents and QEMU differ in machine type, blocks or sizes, or a window is
-            not what its digest says; the guest has not started.
+        MismatchError: contents and QEMU differ in machine type, blocks or sizes, its disks are
+            seen to be others than those that were kept, or a window is not what its digest says;
+            the guest has not started.
         FormatError: the source breaks a rule; the guest has not started.
         StorageError: the source cannot be read; the guest has not started.
         PeerError: QEMU does not wait for a load, refused, failed, or went away.
@@ -101,6 +108,8 @@ def stream_into(
     check_waiting(monitor)
     check_machine(monitor, contents.configuration.machine)
     check_blocks(contents.blocks, monitor.ram_blocks())
+    guest = contents.guest()
+    unseen = check_disks(monitor, guest)
     memory_bytes = sum(block.used_length for block in contents.blocks)
     pieces = plain_pieces(
         contents,
@@ -124,6 +133,8 @@ def stream_into(
         seconds=seconds,
         run_state=monitor.run_state(),
         notes=contents.notes,
+        disks=tuple((guest and guest.disks) or ()),
+        unseen=unseen,
     )
 
 
