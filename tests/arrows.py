@@ -67,8 +67,8 @@ ARROWS: Final[dict[str, tuple[str, ...]]] = {
     "archive.record": ("image.manifest",),
     "archive.retention": ("archive.entry",),
     "bench": (
-        "format.layout", "image.savework", "memory.array", "progress", "signals", "storage",
-        "transfer", "writer",
+        "format.layout", "image.savework", "image.windowview", "memory.array", "progress",
+        "signals", "storage", "transfer", "writer",
     ),
     "bench.profile": ("storage",),
     "testing": ("qemu.monitor", "storage"),
@@ -86,14 +86,14 @@ ARROWS: Final[dict[str, tuple[str, ...]]] = {
         "transfer",
     ),
     "writer": (
-        "format", "image", "memory", "pages", "progress", "result", "storage", "transfer",
+        "format", "image", "memory", "progress", "result", "storage", "transfer",
     ),
     "reader": ("format", "image.parse", "memory", "pages", "progress", "storage", "transfer"),
     "result": ("image.manifest", "progress"),
     "image": (
-        "format", "memory.source", "pages", "progress", "signals", "storage", "transfer.plan",
+        "format", "memory.source", "pages", "progress", "signals", "storage", "transfer",
     ),
-    "image.changed": ("image.digest",),
+    "image.changed": ("image.digest", "image.pieces"),
     "image.digest": (),
     "image.guestfacts": ("format.constants",),
     "image.manifest": ("image.digest", "image.guestfacts"),

@@ -14,8 +14,9 @@ from typing import Final, Literal
 #: How often whoever looks on is told.
 _INTERVAL_SECONDS: Final = 0.1
 
-#: The steps of a save in their order; ``read`` and ``verify`` are the reader's.
-Phase = Literal["write", "bitmaps", "devices", "sync", "publish", "read", "verify"]
+#: The steps of a save in their order; ``read`` and ``verify`` are the reader's. In ``catch-up`` the
+#: guest of a live save stands still, and what changed since it was written is written again.
+Phase = Literal["write", "catch-up", "bitmaps", "devices", "sync", "publish", "read", "verify"]
 
 
 @dataclass(slots=True)
@@ -109,15 +110,20 @@ ProgressCallback = Callable[[Snapshot], None]
 
 
 def take_snapshot(
-    phase: Phase, counters: Sequence[ChannelCounters], *, total_bytes: int, seconds: float
+    phase: Phase,
+    counters: Sequence[ChannelCounters],
+    *,
+    total_bytes: int,
+    seconds: float,
+    passed_bytes: int = 0,
 ) -> Snapshot:
-    """Sum the channels' counters."""
+    """Sum the channels' counters; ``passed_bytes`` were gone through in an earlier pass."""
     return Snapshot(
         phase=phase,
-        total_bytes=total_bytes,
+        total_bytes=total_bytes - passed_bytes,
         scanned_bytes=sum(item.scanned_bytes for item in counters),
         zero_bytes=sum(item.zero_bytes for item in counters),
-        finished_bytes=sum(item.finished_bytes for item in counters),
+        finished_bytes=sum(item.finished_bytes for item in counters) - passed_bytes,
         completed_bytes=sum(item.completed_bytes for item in counters),
         in_flight_bytes=sum(item.in_flight_bytes for item in counters),
         seconds=seconds,

@@ -51,7 +51,13 @@ def describe_settings(options: WriteOptions, *, engine: str, direct: bool) -> Se
     )
 
 
-def describe_seconds(time: TimeAccount) -> dict[str, float]:
-    """Pick the seconds that a manifest keeps: all but those of naming the file, still to come."""
+def describe_seconds(time: TimeAccount, *, stopped: float = 0.0) -> dict[str, float]:
+    """Pick the seconds that a manifest keeps: all but those of naming the file, still to come.
+
+    Args:
+        time: of the save.
+        stopped: how long a guest stood still for it; if it did, that is kept, too.
+    """
     names = ("elapsed", "scan", "digest", "submit", "wait", "sync")
-    return {name: round(getattr(time, name), 6) for name in names}
+    seconds = {name: round(getattr(time, name), 6) for name in names}
+    return seconds | ({"stopped": round(stopped, 6)} if stopped else {})

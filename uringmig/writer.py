@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 from typing import Final, Self
@@ -24,12 +24,13 @@ from uringmig.format.layout import ImageLayout, plan_layout
 from uringmig.image import manifest
 from uringmig.image.draft import FinishedImage, ImageDraft
 from uringmig.image.guestfacts import GuestFacts
+from uringmig.image.passes import Passes
 from uringmig.image.pieces import piece_table
-from uringmig.image.savework import SavedBlock, SaveWork, skip_holes
+from uringmig.image.savework import SavedBlock
 from uringmig.memory.array import BufferMemory
+from uringmig.memory.moving import MovingMemory
 from uringmig.memory.source import CopiedMemory, MemorySource
-from uringmig.options import PAGE_SIZE, WINDOW_BYTES, WriteOptions
-from uringmig.pages import bitmap
+from uringmig.options import WriteOptions
 from uringmig.progress import (
     ChannelCounters,
     Phase,
@@ -42,12 +43,11 @@ from uringmig.result import SaveResult, describe_seconds, describe_settings
 from uringmig.storage.engine import Operation
 from uringmig.storage.enginechoice import EngineChoice, choose_engine
 from uringmig.storage.imagetarget import NamedTarget, PassedTarget, Target
-from uringmig.transfer.channel import ChannelFile, Pacer, Round, needs_bounce, run_round
+from uringmig.transfer.channel import ChannelFile, Round, needs_bounce
 from uringmig.transfer.plan import Window, spans_of
 
 #: For memory that is no QEMU machine's; QEMU has a machine type of this name.
 MACHINE_NONE: Final = Configuration("none", ("mapped-ram",))
-_WINDOW_PAGES: Final = WINDOW_BYTES // PAGE_SIZE
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +100,8 @@ class MappedRamWriter:
         section_id: id of the ram section; device sections copied from a stream keep theirs, so it
             must be the id that stream used.
         base: where the image begins in the file, QEMU's ``offset=``; bytes before it stay a hole.
+        live: the memory goes on changing, and is written in two passes: by `write_all`, which makes
+            copies, whatever memory it is; and by `write_changed`, when it stands still.
         progress: called with a `Snapshot` about ten times a second and at every phase.
         engine: an engine of the caller's instead of ``options.engine``; for tests and benches.
 
@@ -118,10 +120,11 @@ class MappedRamWriter:
         configuration: Configuration = MACHINE_NONE,
         section_id: int = 1,
         base: int = 0,
+        live: bool = False,
         progress: ProgressCallback | None = None,
         engine: EngineChoice | None = None,
     ) -> None:
-        self._set_up(blocks, options, configuration, section_id, base, progress, engine)
+        self._set_up(blocks, options, configuration, section_id, base, progress, engine, live=live)
         self._open(NamedTarget(path, mode=options.direct, sidecar_suffix=manifest.SUFFIX))
 
     @classmethod
@@ -161,6 +164,8 @@ class MappedRamWriter:
         base: int,
         progress: ProgressCallback | None,
         engine: EngineChoice | None,
+        *,
+        live: bool = False,
     ) -> None:
         """Check the arguments and lay the image out; nothing is opened yet."""
         self._started = time.monotonic()
@@ -170,10 +175,14 @@ class MappedRamWriter:
         self._section_id = section_id
         self._progress = progress
         self._engine = engine or choose_engine(options.engine)
-        self._blocks, self._layout = _lay_out(blocks, options, configuration, section_id, base)
+        self._live = live
+        self._memories = [_as_source(block.memory) for block in blocks]
+        self._blocks, self._layout = _lay_out(
+            blocks, self._memories, options, configuration, section_id, base, live=live
+        )
         self._counters = [ChannelCounters() for _ in range(options.channels)]
-        self._pacer = Pacer(options.rate)
         self._total_bytes = 0
+        self._passed_bytes = 0
         self._channels: Round | None = None
         self._all_written = False
 
@@ -188,18 +197,19 @@ class MappedRamWriter:
         except BaseException:
             self._fail()
             raise
-        self._shared = ChannelFile(
+        self._shared = shared = ChannelFile(
             file=target.direct,
             path=target.path,
             operation=Operation.WRITE,
             engine=self._engine,
             options=self._options,
             bounce=any(
-                needs_bounce(target.direct, block.memory.address)
-                for block in self._blocks
-                if isinstance(block.memory, MemorySource)
+                needs_bounce(target.direct, memory.address)
+                for memory in self._memories
+                if isinstance(memory, MemorySource)
             ),
         )
+        self._passes = Passes(shared, self._blocks, self._options, self._counters)
 
     def __enter__(self) -> Self:
         return self
@@ -234,7 +244,7 @@ class MappedRamWriter:
         counts = [block.layout.page_count for block in self._blocks]
         copied = [n for n, b in enumerate(self._blocks) if isinstance(b.memory, CopiedMemory)]
         windows = spans_of(counts, self._options, copied=copied)
-        yield from self._round(windows, first=not again)
+        yield from self._write(windows, first=not again)
         self._all_written = True
 
     def write_pages(self, idstr: str, page_index: NDArray[np.int64]) -> None:
@@ -248,33 +258,55 @@ class MappedRamWriter:
             page_index: pages of the block, 1-D int64, in any order.
 
         Raises:
-            StateError: no such block, or a page outside it.
+            StateError: no such block, or a page outside it; or a live save, before `write_changed`.
             StorageError: a write failed; nothing is published.
         """
-        number = [block.layout.idstr for block in self._blocks].index(self._find(idstr))
+        if self._live:
+            raise StateError("write_pages() in a live save: write_changed() finds what changed")
+        names = [block.layout.idstr for block in self._blocks]
+        if idstr not in names:
+            raise StateError(f"no ramblock {idstr!r}; there are {', '.join(names)}")
+        number = names.index(idstr)
         block = self._blocks[number]
-        index = np.asarray(page_index)
-        if index.size and (index.ndim != 1 or index.dtype.kind not in "iu"):
-            raise StateError(f"page_index is {index.ndim}-D {index.dtype}, not 1-D integers")
-        pages = np.unique(index.astype(np.int64))
-        if pages.size and not 0 <= int(pages[0]) <= int(pages[-1]) < block.layout.page_count:
-            raise StateError(f"ramblock {idstr!r} has {block.layout.page_count} pages, from 0")
-        bits = np.zeros(block.layout.page_count, np.bool_)
-        bits[pages] = True
-        block.selected = np.zeros_like(block.bitmap)
-        bitmap.store(block.selected, first_page=0, bits=bits)
-        windows = [
-            Window(number, first, min(_WINDOW_PAGES, block.layout.page_count - first))
-            for first in (np.unique(pages // _WINDOW_PAGES) * _WINDOW_PAGES).tolist()
-        ]
+        windows = [Window(number, first, count) for first, count in block.select(page_index)]
         try:
-            for _ in self._round(windows):
+            for _ in self._write(windows):
                 pass
         finally:
             block.selected = None
 
+    def write_changed(self) -> None:
+        """Write what is not as `write_all` wrote it, in a live save whose memory now stands still.
+
+        It is read once more, as fast as it can be, and compared by digests of 64 KiB. What changed
+        is overwritten in place; a page that became zero has its bit cleared. No rate holds this up.
+
+        Raises:
+            StateError: it is no live save, or `write_all` has not run.
+            StorageError: a write failed; nothing is published.
+        """
+        for _ in self.iter_write_changed():
+            pass
+
+    def iter_write_changed(self) -> Iterator[Snapshot]:
+        """As `write_changed`, yielding a `Snapshot` about ten times a second while it goes on."""
+        if not (self._live and self._all_written):
+            raise StateError("write_changed() is for a live save, after write_all()")
+        for block, memory in zip(self._blocks, self._memories, strict=True):
+            memory.forget_holes()
+            if not block.dense:  # of a dense block holes are written too, so it stays with copies
+                block.memory = memory
+        self._passed_bytes = self._total_bytes
+        self._total_bytes += sum(block.layout.used_length for block in self._blocks)
+        yield from self._round(self._passes.catch_up, "catch-up")
+        self._live = False
+
     def finish(
-        self, device_state: DeviceState | None = None, *, guest: GuestFacts | None = None
+        self,
+        device_state: DeviceState | None = None,
+        *,
+        guest: GuestFacts | None = None,
+        stopped_seconds: float = 0.0,
     ) -> SaveResult:
         """Write bitmaps and device state, make the file durable, and give it its name.
 
@@ -282,21 +314,27 @@ class MappedRamWriter:
             device_state: all that follows the ram setup in the stream; None is a machine without
                 devices.
             guest: the machine whose memory it is, for the manifest.
+            stopped_seconds: how long it stood still for this, likewise.
 
         Raises:
-            StateError: `write_all` has not run.
+            StateError: `write_all` has not run, or `write_changed` of a live save.
             FormatError: the device state does not make a readable stream.
             StorageError: nothing is published.
         """
         if not self._all_written:
             raise StateError("finish() before write_all(): no page has been written")
+        if self._live:
+            raise StateError("finish() before write_changed(): pages may have changed since")
         try:
-            return self._finish(device_state or DeviceState.empty(self._section_id), guest)
+            state = device_state or DeviceState.empty(self._section_id)
+            return self._finish(state, guest, stopped_seconds)
         except BaseException:
             self._fail()
             raise
 
-    def _finish(self, device_state: DeviceState, guest: GuestFacts | None) -> SaveResult:
+    def _finish(
+        self, device_state: DeviceState, guest: GuestFacts | None, stopped_seconds: float
+    ) -> SaveResult:
         """Do what comes after the pages."""
         self._enter(_State.ENDING)
         finished = self._draft.finish(
@@ -315,7 +353,7 @@ class MappedRamWriter:
                 settings=describe_settings(
                     self._options, engine=result.engine, direct=result.direct
                 ),
-                seconds=describe_seconds(result.time),
+                seconds=describe_seconds(result.time, stopped=stopped_seconds),
                 notes=result.notes,
                 pieces=[
                     piece_table(block.pieces, block.bitmap, block.layout.used_length)
@@ -365,35 +403,26 @@ class MappedRamWriter:
         """What the engine and the file system could not do."""
         return (*([] if self._engine.note is None else [self._engine.note]), *self._target.notes)
 
-    def _round(self, windows: Sequence[Window], *, first: bool = False) -> Iterator[Snapshot]:
-        """Run all channels over ``windows`` until drained; on any exception the save has failed."""
-        self._enter(_State.PAGES)
-        self._tell("write")
+    def _write(self, windows: Sequence[Window], *, first: bool = False) -> Iterator[Snapshot]:
+        """Write the pages of ``windows`` that their blocks have selected."""
         self._total_bytes += sum(window.length_bytes for window in windows)
+        return self._round(
+            lambda: self._passes.write(windows, first=first, live=self._live), "write"
+        )
+
+    def _round(self, begin: Callable[[], Round], phase: Phase) -> Iterator[Snapshot]:
+        """Run all channels until drained; on any exception the save has failed."""
+        self._enter(_State.PAGES)
+        self._tell(phase)
         try:
-            if first:
-                windows = skip_holes(self._blocks, windows, self._counters[0])
-            channels = self._channels = run_round(
-                self._shared,
-                windows,
-                lambda counters: SaveWork(self._blocks, self._options, counters),
-                self._counters,
-                pacer=self._pacer,
-            )
+            channels = self._channels = begin()
             for _ in channels:
-                yield self._tell("write")
+                yield self._tell(phase)
             self._enter(_State.DRAINED)
-            self._tell("write")
+            self._tell(phase)
         except BaseException:
             self._fail()
             raise
-
-    def _find(self, idstr: str) -> str:
-        """Check that there is such a block."""
-        names = [block.layout.idstr for block in self._blocks]
-        if idstr not in names:
-            raise StateError(f"no ramblock {idstr!r}; there are {', '.join(names)}")
-        return idstr
 
     def _enter(self, state: _State) -> None:
         """Go to ``state`` if that follows the present one."""
@@ -408,6 +437,7 @@ class MappedRamWriter:
             self._counters,
             total_bytes=self._total_bytes,
             seconds=time.monotonic() - self._started,
+            passed_bytes=self._passed_bytes,
         )
         if self._progress is not None:
             self._progress(snapshot)
@@ -426,22 +456,24 @@ class MappedRamWriter:
     def _release(self) -> None:
         """Close the target (which discards an unpublished file) and let go of the memory."""
         self._target.close()
-        for block in self._blocks:
-            if isinstance(block.memory, BufferMemory):
-                block.memory.close()
+        for memory in self._memories:
+            if isinstance(memory, BufferMemory):
+                memory.close()
 
 
 def _lay_out(
     blocks: Sequence[RamBlock],
+    memories: Sequence[MemorySource | CopiedMemory],
     options: WriteOptions,
     configuration: Configuration,
     section_id: int,
     base: int,
+    *,
+    live: bool,
 ) -> tuple[list[SavedBlock], ImageLayout]:
-    """Wrap the memory of ``blocks`` and place them in the file."""
+    """Place ``blocks`` in the file; of live memory only copies are looked at."""
     if not blocks:
         raise StateError("an image needs at least one ramblock")
-    memories = [_as_source(block.memory) for block in blocks]
     sizes = [
         (block.idstr, memory.length_bytes) for block, memory in zip(blocks, memories, strict=True)
     ]
@@ -451,7 +483,10 @@ def _lay_out(
         dense = block.dense
         if dense is None:
             dense = place.used_length <= options.dense_up_to
-        saved.append(SavedBlock(place, memory, dense))
+        if live and isinstance(memory, MemorySource):
+            saved.append(SavedBlock(place, MovingMemory(memory), dense))
+        else:
+            saved.append(SavedBlock(place, memory, dense))
     return saved, layout
 
 

@@ -32,18 +32,21 @@ from uringmig.testing.machine import Machine
 from uringmig.units import MiB
 
 SAVE = """
-import sys
-from uringmig.options import WriteOptions
+import sys, time
 from uringmig.qemu.monitor import Monitor
 from uringmig.qemu.outside import save_outside
 print("ready", flush=True)
+def hold(snapshot):
+    if snapshot.phase == "write" and snapshot.scanned_bytes == 0:
+        time.sleep(float(sys.argv[3]))
 with Monitor(sys.argv[1]) as monitor:
-    save_outside(monitor, sys.argv[2], options=WriteOptions(rate=int(sys.argv[3])))
+    save_outside(monitor, sys.argv[2], progress=hold)
 """
 
 
-def start_save(machine: Machine, out: Path, *, rate: int = 0) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-c", SAVE, str(machine.qmp_path), str(out), str(rate)]
+def start_save(machine: Machine, out: Path, *, hold_s: float = 0.0) -> subprocess.Popen[bytes]:
+    """A save in a process of its own, which dawdles before it writes: the guest stands still."""
+    command = [sys.executable, "-c", SAVE, str(machine.qmp_path), str(out), str(hold_s)]
     child = subprocess.Popen(command, stdout=subprocess.PIPE)
     assert child.stdout is not None
     child.stdout.readline()
@@ -111,7 +114,7 @@ def test_killed_while_the_guest_stands_still(
 ) -> None:
     """Nobody of ours has to live for the guest to go on but the guardian, which then ends."""
     before = kept(live)
-    with start_save(live, tmp_path / "vm.mig", rate=4 * MiB) as child:
+    with start_save(live, tmp_path / "vm.mig", hold_s=60) as child:
         wait_for_state(live, "paused")
         guardian_pid = guardian_of(child)
         os.kill(guardian_pid, signal.SIGTERM)  # as a service that is stopped sends it to all
@@ -140,7 +143,7 @@ def wait_until_ended(pid: int) -> None:
 def test_all_of_ours_killed_at_once(live: Machine, tmp_path: Path) -> None:
     """The note that QEMU keeps tells the next save, which lets the guest go on before it begins."""
     before = kept(live)
-    with start_save(live, tmp_path / "vm.mig", rate=4 * MiB) as child:
+    with start_save(live, tmp_path / "vm.mig", hold_s=60) as child:
         wait_for_state(live, "paused")
         guardian_pid = guardian_of(child)
         os.kill(guardian_pid, signal.SIGKILL)
@@ -158,7 +161,7 @@ def test_all_of_ours_killed_at_once(live: Machine, tmp_path: Path) -> None:
 def test_guardian_killed_alone(live: Machine, tmp_path: Path) -> None:
     """It is not missed: the save goes on, and lets the guest go on itself."""
     before = kept(live)
-    with start_save(live, tmp_path / "vm.mig", rate=40 * MiB) as child:
+    with start_save(live, tmp_path / "vm.mig", hold_s=1) as child:
         wait_for_state(live, "paused")
         guardian_pid = guardian_of(child)
         os.kill(guardian_pid, signal.SIGKILL)
@@ -172,7 +175,7 @@ def test_a_paused_guest_stays_paused_when_its_save_is_killed(live: Machine, tmp_
     """The guardian lets go on what ran, and nothing else."""
     live.monitor.execute("stop")
     before = kept(live)
-    with start_save(live, tmp_path / "vm.mig", rate=4 * MiB) as child:
+    with start_save(live, tmp_path / "vm.mig", hold_s=60) as child:
         while not (tmp_path / "vm.mig.partial").exists():
             time.sleep(0.005)
         guardians = children(child.pid)
@@ -235,7 +238,7 @@ def test_no_right_to_read(live: Machine, tmp_path: Path) -> None:
         text=True,
         check=False,
     )
-    assert (done.returncode, done.stderr) == (6, "")
+    assert (done.returncode, done.stderr) == (6, ""), done.stdout
     assert f"this is user {NOBODY}, QEMU is user 0" in done.stdout
     assert "CAP_SYS_PTRACE" in done.stdout
     assert live.monitor.run_state() == "running"
@@ -272,7 +275,7 @@ def test_settings_after_a_migration_was_killed(
     machine = start_machine(memory_bytes=64 * MiB, shared=shared_path())
     machine.monitor.set_capabilities(**{"auto-converge": True})
     before = kept(machine)
-    arguments = [str(machine.qmp_path), str(tmp_path / "vm.mig"), str(MiB)]
+    arguments = [str(machine.qmp_path), str(tmp_path / "vm.mig"), "60"]
     with subprocess.Popen([sys.executable, "-c", MIGRATE, *arguments]) as child:
         wait_for_state(machine, "finish-migrate")
         child.kill()

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from uringmig.image import digest
-from uringmig.image.changed import holds_zeros, look_again
+from uringmig.image.changed import look_again, rows_with_data
 from uringmig.image.digest import PIECE_BYTES
 from uringmig.options import PAGE_SIZE
 
@@ -57,4 +57,11 @@ def test_what_differs_is_found_and_nothing_else(moments: tuple[Pages, Pages]) ->
     assert pages == [number // PIECE_PAGES in expected for number in range(len(after))]
     again = look_again(look.pieces, *memory_of(after))
     assert again.changed.tolist() == []
-    assert holds_zeros(written, len(before) * PAGE_SIZE) == (not any(bytes_of[0]))
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=200))
+def test_windows_that_were_a_hole(held: list[bool]) -> None:
+    """A window of 4 MiB has 64 pieces; the last one of a block may have fewer."""
+    written = np.array([[each] * 12 for each in held], np.uint8)
+    expected = [any(held[at : at + 64]) for at in range(0, len(held), 64)]
+    assert rows_with_data(written).tolist() == expected

@@ -47,6 +47,8 @@ def copy_live(
     copied = contents.runs()
     if copied:
         go_over(_with_data(contents, guest, dense), again=False, copies=True)
+        for memory in contents.memories:
+            memory.forget_holes()
     with contents.standstill():
         if copied:
             go_over(_to_look_at(contents, guest), again=True, copies=False)

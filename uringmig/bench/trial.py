@@ -20,6 +20,7 @@ from uringmig import signals
 from uringmig.errors import StorageError
 from uringmig.format.layout import ImageLayout, plan_layout
 from uringmig.image.savework import SavedBlock, SaveWork
+from uringmig.image.windowview import WindowViews
 from uringmig.memory.array import BufferMemory
 from uringmig.options import PAGE_SIZE, WriteOptions
 from uringmig.progress import ChannelCounters
@@ -115,7 +116,12 @@ class Workbench:
             channels = run_round(
                 shared,
                 spans_of([block.layout.page_count for block in blocks], trial.options),
-                lambda counter: SaveWork(blocks, trial.options, counter),
+                lambda counter: SaveWork(
+                    blocks,
+                    trial.options,
+                    counter,
+                    WindowViews([block.memory for block in blocks], trial.options, []),
+                ),
                 counters,
             )
             with contextlib.closing(channels):

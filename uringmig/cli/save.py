@@ -32,6 +32,11 @@ if TYPE_CHECKING:
         "auto takes the second where QEMU's process cannot be read.",
     ),
     click.Option(
+        ["--live"], is_flag=True,
+        help="Write everything once while the guest runs, and only then stop it, for what it has "
+        "changed since. So is a running guest saved with --rate.",
+    ),
+    click.Option(
         ["--disks"], type=str, default="none", metavar="none|internal|external=DIR",
         help="Keep the guest's disks as they are at the image's moment: not, by a snapshot in each "
         "qcow2 file, or beneath overlays in DIR, to which the guest writes from then on.",
@@ -51,6 +56,7 @@ def save(
     out: Path,
     then: Literal["cont", "quit", "leave"] | None,
     how: Literal["auto", "outside", "migrate"],
+    live: bool,
     disks: str,
     options: WriteOptions,
     manifest: bool,
@@ -70,7 +76,7 @@ def save(
         from uringmig.qemu.saving import save_vm
 
         done = save_vm(
-            monitor, out, how=how, then=then, disks=disks, options=options,
+            monitor, out, how=how, live=live, then=then, disks=disks, options=options,
             progress=session.progress,
         )  # fmt: skip
     for note in done.notes:
@@ -92,7 +98,8 @@ def _lines(done: VmSave, *, depth: int, verbose: bool) -> list[str]:
         f"engine {image.engine}, O_DIRECT {'on' if image.direct else 'off'}, "
         f"{image.channels} channels x {depth} x {format_size(image.block_size)}",
         f"guest was {done.state_before}, is {done.state_after or 'gone'}, "
-        f"stood still for {done.stopped_seconds:.2f} s",
+        f"stood still for {done.stopped_seconds:.3f} s"
+        + (", after all was written once while it ran" if done.passes > 1 else ""),
         *(
             f"disk {one.name} ({one.files[0].path}) kept: {how_kept(one)}"
             for one in done.disks

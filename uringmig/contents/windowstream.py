@@ -25,14 +25,12 @@ from uringmig.options import PAGE_SIZE, WINDOW_BYTES
 from uringmig.pages.runs import runs_from_bits
 from uringmig.progress import ChannelCounters
 from uringmig.storage.buffers import aligned_buffer
-from uringmig.storage.requests import IoPlan
+from uringmig.storage.requests import NOTHING, IoPlan
 from uringmig.transfer.channel import ChannelFile, join_all, run_round
 from uringmig.transfer.plan import Window
 
 #: Buffers of a channel beside those that requests fill.
 _SPARE_BUFFERS: Final = 2
-_EMPTY: Final = np.empty(0, np.int64)
-_NOTHING: Final = IoPlan(_EMPTY, _EMPTY, _EMPTY)
 
 NO_DATA: Final = Extents(np.empty(0, np.int64), np.empty(0, np.int64))
 
@@ -98,7 +96,7 @@ class _ReadWork:
         """Plan the reads of the window into a free buffer, waiting for one if need be."""
         buffer = None if self._stopping.is_set() else self.free.get()
         if buffer is None:
-            return _NOTHING
+            return NOTHING
         self._used[window] = buffer
         return self._filler.plan(window, buffer)
 

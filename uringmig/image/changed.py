@@ -14,7 +14,7 @@ again: what has another digest now is written once more, and nothing else is. Fo
    read of it now: holes come and go meanwhile. Memory may lie where it lies, since it stands still.
    Where ``look.changed`` is not empty, write what `SecondLook.pages` says, or the whole window
    where no less can be written, keep ``look.pieces`` in the place of what was kept, and take the
-   window's own digest anew. A window that is a hole now and had only zeros in it (`holds_zeros`)
+   window's own digest anew. A window that was nothing but hole (`rows_with_data`) and is so now
    need not be looked at.
 
 Digests are xxh3's: a guest that is out to fool them could hide a change from its own image.
@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 from uringmig.image import digest
 from uringmig.image.digest import PIECE_BYTES, PIECE_DIGEST_BYTES
+from uringmig.image.pieces import ROW_PIECES
 from uringmig.options import PAGE_SIZE
 
 _PIECE_PAGES = PIECE_BYTES // PAGE_SIZE
@@ -72,9 +73,14 @@ def look_again(
     )
 
 
-def holds_zeros(written: NDArray[np.uint8], length_bytes: int) -> bool:
-    """Whether a window of this length had nothing but zeros in it when it was written."""
-    return bool((_told(written, length_bytes) == _zeros(length_bytes)).all())
+def rows_with_data(written: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Which windows of a block were more than hole when they were written; one bool each.
+
+    Args:
+        written: digests of all pieces of the block, as `pieces.no_digests`.
+    """
+    rows = np.arange(0, len(written), ROW_PIECES)
+    return np.add.reduceat(written.any(axis=1), rows, dtype=np.int64) > 0
 
 
 def _told(pieces: NDArray[np.uint8], length_bytes: int) -> NDArray[np.uint8]:

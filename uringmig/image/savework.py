@@ -1,30 +1,28 @@
-"""What a save does with one window: find its zero pages, plan its writes, digest it.
-
-Holes of the memory are zero without a read, and are never bridged: looking at one would make the
-host allocate it. Memory that is mapped here is written from where it lies; that of another process
-is copied to a buffer first, and zero pages, requests and digest are those of the very copy.
-"""
+"""What a save does with one window: find its zero pages, plan its writes, digest it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from uringmig.errors import StateError
 from uringmig.format.layout import BlockLayout
 from uringmig.image import digest, pieces
 from uringmig.image.window import Rewritten, settle_window
-from uringmig.memory.source import CopiedMemory, Extents, MemorySource
+from uringmig.image.windowview import Holes, WindowView, WindowViews
+from uringmig.memory.source import CopiedMemory, MemorySource
 from uringmig.options import PAGE_SIZE, WINDOW_BYTES, WriteOptions
 from uringmig.pages import bitmap
-from uringmig.pages.zero import nonzero_pages
 from uringmig.progress import ChannelCounters
-from uringmig.storage.buffers import aligned_buffer
 from uringmig.storage.requests import IoPlan
 from uringmig.transfer.plan import Window, plan_runs
 from uringmig.units import div_ceil
+
+_WINDOW_PAGES: Final = WINDOW_BYTES // PAGE_SIZE
 
 
 @dataclass(slots=True)
@@ -55,69 +53,84 @@ class SavedBlock:
         self.digests = np.zeros((rows, digest.DIGEST_BYTES), np.uint8)
         self.pieces = pieces.no_digests(self.layout.used_length)
 
+    def select(self, page_index: NDArray[np.int64]) -> list[tuple[int, int]]:
+        """Have the next round write these pages only.
+
+        Returns:
+            First page and number of pages of each window that they lie in.
+
+        Raises:
+            StateError: these are no pages of the block.
+        """
+        index, count = np.asarray(page_index), self.layout.page_count
+        if index.size and (index.ndim != 1 or index.dtype.kind not in "iu"):
+            raise StateError(f"page_index is {index.ndim}-D {index.dtype}, not 1-D integers")
+        pages = np.unique(index.astype(np.int64))
+        if pages.size and not 0 <= int(pages[0]) <= int(pages[-1]) < count:
+            raise StateError(f"ramblock {self.layout.idstr!r} has {count} pages, from 0")
+        bits = np.zeros(count, np.bool_)
+        bits[pages] = True
+        self.selected = np.zeros_like(self.bitmap)
+        bitmap.store(self.selected, first_page=0, bits=bits)
+        firsts = np.unique(pages // _WINDOW_PAGES) * _WINDOW_PAGES
+        return [(first, min(_WINDOW_PAGES, count - first)) for first in firsts.tolist()]
+
     def put_digest(self, start: int, value: bytes) -> None:
         """Keep the digest of the memory from ``start`` on, a multiple of `WINDOW_BYTES`."""
         self.digests[start // WINDOW_BYTES] = np.frombuffer(value, np.uint8)
 
-    def put_digests(self, start: int, memory: NDArray[np.uint8], data: Extents) -> None:
-        """Digest the memory from ``start`` on, a multiple of `WINDOW_BYTES`, and its pieces.
+    def put_pieces(self, start: int, found: NDArray[np.uint8]) -> None:
+        """Keep the digests of the pieces of the memory from ``start`` on, likewise."""
+        self.pieces_of(start)[:] = found
 
-        Args:
-            start: in bytes of the block.
-            memory: as it was written; at most a window.
-            data: what of the block may be read there.
-        """
-        whole, found = digest.piecewise_digest(
-            memory, (data.start - start).tolist(), data.length.tolist()
-        )
+    def put_digests(self, start: int, whole: bytes, found: NDArray[np.uint8]) -> None:
+        """Keep both."""
         self.put_digest(start, whole)
+        self.put_pieces(start, found)
+
+    def pieces_of(self, start: int) -> NDArray[np.uint8]:
+        """The digests of the pieces of the window that begins at ``start``; a view."""
         first = start // digest.PIECE_BYTES
-        self.pieces[first : first + len(found)] = found
+        return self.pieces[first : first + pieces.ROW_PIECES]
 
 
 class SaveWork:
-    """One channel's side of a save; windows of different channels never share a bitmap byte."""
+    """One channel's side of a save; windows of different channels never share a bitmap byte.
+
+    Args:
+        blocks: of the image.
+        options: how to write.
+        counters: the channel's.
+        views: how this channel looks at memory.
+        live: there will be a second look, which asks for the digests of pieces.
+    """
 
     def __init__(
-        self, blocks: list[SavedBlock], options: WriteOptions, counters: ChannelCounters
+        self,
+        blocks: list[SavedBlock],
+        options: WriteOptions,
+        counters: ChannelCounters,
+        views: WindowViews,
+        *,
+        live: bool = False,
     ) -> None:
         self._blocks = blocks
         self._options = options
         self._counters = counters
-        self._data: Extents | None = None
-        self._view: NDArray[np.uint8] | None = None
-        # Asked once: what a protocol has takes as long to find out as a window to plan.
-        memories = [block.memory for block in blocks]
-        self._mapped = [memory if isinstance(memory, MemorySource) else None for memory in memories]
-        self._copied = [memory if isinstance(memory, CopiedMemory) else None for memory in memories]
-        # Should the engine fail with requests in flight, this keeps their memory mapped.
-        self._views = [memory.view for memory in self._mapped if memory is not None]
-        self._copies = len(self._views) < len(blocks)
-        # The buffer given back last is taken first: it is still in the cache. (Of huge pages they
-        # were no faster: a request's pages are looked up one by one all the same.)
-        count = options.windows_held if self._copies else 0
-        self._free = [aligned_buffer(WINDOW_BYTES) for _ in range(count)]
-        self._used: dict[Window, NDArray[np.uint8]] = {}
+        self._views = views
+        self._live = live
+        self._look: WindowView | None = None
 
     @property
     def windows_max(self) -> int:
-        """No limit while there is a buffer; without copies requests and bytes are bound enough."""
-        return 1 << 30 if self._free or not self._copies else 0
+        """As many as there are buffers."""
+        return self._views.windows_max
 
     def plan(self, window: Window) -> IoPlan:
         """Scan the window, store its bits, and plan the writes of its data."""
         block = self._blocks[window.block_index]
-        data = self._data = block.memory.data_extents(
-            start=window.start_bytes, length=window.length_bytes
-        )
-        view = self._view = self._seen(block, window, data)
-        nonzero = np.zeros(window.page_count, np.bool_)
-        readable = np.zeros(window.page_count, np.bool_)
-        starts = (data.start - window.start_bytes).tolist()
-        for start, length in zip(starts, data.length.tolist(), strict=True):
-            piece = slice(start // PAGE_SIZE, (start + length) // PAGE_SIZE)
-            nonzero[piece] = nonzero_pages(view[start : start + length])
-            readable[piece] = True
+        look = self._look = self._views.look(window, filled=block.dense)
+        nonzero, readable = look.page_bits()
         later = self._later(block, window)
         pages = settle_window(
             nonzero, readable, dense=block.dense, fresh=later is None, later=later
@@ -129,47 +142,28 @@ class SaveWork:
         self._counters.zero_bytes += PAGE_SIZE * (considered - int(np.count_nonzero(pages.stored)))
         return plan_runs(
             pages.runs(self._options.bridge),
-            address=view.ctypes.data,
+            address=look.memory.ctypes.data,
             file_offset=block.layout.pages_offset + window.start_bytes,
             block_size=self._options.block_size,
         )
 
     def submitted(self, window: Window) -> None:
         """Digest the window while the device has work."""
-        if not self._options.manifest:
+        if not (self._options.manifest or self._live):
             return
-        block, data, view = self._blocks[window.block_index], self._data, self._view
-        assert data is not None, "submitted() follows plan()"
-        assert view is not None, "submitted() follows plan()"
+        block, look = self._blocks[window.block_index], self._look
+        assert look is not None, "submitted() follows plan()"
         for start, length in _rows(window):
-            part = data.clip(start=start, length=length)
-            at = start - window.start_bytes
-            block.put_digests(start, view[at : at + length], part)
+            memory, first, count = look.part(start - window.start_bytes, length)
+            if self._options.manifest:
+                block.put_digests(start, *digest.piecewise_digest(memory, first, count))
+            else:
+                block.put_pieces(start, digest.piece_digests(memory, first, count))
 
     def finished(self, window: Window) -> None:
-        """Let go of the window's memory: its pages are where they belong."""
-        if (buffer := self._used.pop(window, None)) is not None:
-            self._free.append(buffer)
-        memory = self._mapped[window.block_index]
-        if memory is not None:
-            # Now, while the device works for other windows, and not at the end of the save.
-            memory.map_out(start=window.start_bytes, length=window.length_bytes)
-
-    def _seen(self, block: SavedBlock, window: Window, data: Extents) -> NDArray[np.uint8]:
-        """The window's bytes: where they lie, or as they were copied; only ``data`` of them."""
-        start, memory = window.start_bytes, self._mapped[window.block_index]
-        if memory is not None:
-            for first, length in zip(data.start.tolist(), data.length.tolist(), strict=True):
-                memory.prefault(start=first, length=length)
-            return memory.view[start : start + window.length_bytes]
-        self._used[window] = buffer = self._free.pop()
-        view = buffer[: window.length_bytes]
-        if block.dense:
-            view[:] = 0  # its holes are written too, and hold what the window before left
-        copied = self._copied[window.block_index]
-        assert copied is not None, "memory is either mapped or copied"
-        copied.read(data, view, start=start)
-        return view
+        """Its pages are where they belong."""
+        # Unmapped now, while the device works for other windows, and not at the end of the save.
+        self._views.let_go(window, unmap=True)
 
     def _later(self, block: SavedBlock, window: Window) -> Rewritten | None:
         """The pages of a later round; None in the first."""
@@ -191,16 +185,10 @@ def skip_holes(
     mostly holes. Dense blocks keep all their windows, since their bits are to be set.
     """
     kept = []
-    data_from = (-1, 0)  # block, and the offset up to which it is known to be a hole
+    holes = Holes([block.memory for block in blocks])
     for window in windows:
         block = blocks[window.block_index]
-        start, end = window.start_bytes, window.start_bytes + window.length_bytes
-        if block.dense:
-            kept.append(window)
-            continue
-        if data_from[0] != window.block_index or data_from[1] < start:
-            data_from = (window.block_index, block.memory.next_data(start))
-        if data_from[1] < end:
+        if block.dense or not holes.cover(window):
             kept.append(window)
             continue
         counters.scanned_bytes += window.length_bytes

@@ -62,6 +62,15 @@ class BufferMemory:
         check_range(start=start, length=0, length_bytes=len(self.view))
         return start
 
+    def copy_out(self, extents: Extents, into: NDArray[np.uint8], *, start: int) -> None:
+        """See `MemorySource.copy_out`."""
+        view = self.view
+        for first, length in zip(extents.start.tolist(), extents.length.tolist(), strict=True):
+            into[first - start : first - start + length] = view[first : first + length]
+
+    def forget_holes(self) -> None:
+        """Do nothing: none is remembered."""
+
     def prefault(self, *, start: int, length: int) -> None:
         """Do nothing: memory of this process is mapped already, or when it is first read."""
 

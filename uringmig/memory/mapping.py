@@ -148,7 +148,7 @@ class FileMemory:
     def data_extents(self, *, start: int, length: int) -> Extents:
         """Find what is not a hole; on hugetlbfs, where the kernel does not tell, what is not zero.
 
-        Not to be used while the file is written: a page that was a hole may be data by now.
+        While the file is written a page that was a hole may be data a moment later.
 
         Raises:
             StateError: the range is not in the memory or not page aligned, or it is closed.
@@ -192,6 +192,32 @@ class FileMemory:
             raise self._refusal("does not tell its holes", error, offset=position) from error
         found = align_down(max(found, position), PAGE_SIZE)
         return min(found - self._offset, self.length_bytes)
+
+    def copy_out(self, extents: Extents, into: NDArray[np.uint8], *, start: int) -> None:
+        """Read the file: unlike a look through the mapping, that allocates no page of a new hole.
+
+        Raises:
+            StateError: it is closed.
+            StorageError: the kernel refused, or the file has become shorter.
+        """
+        if self._view is None:
+            raise StateError(f"{self._name}: the memory is closed")
+        target = into.data
+        for first, length in zip(extents.start.tolist(), extents.length.tolist(), strict=True):
+            at, end = first, first + length
+            while at < end:
+                try:
+                    got = os.preadv(self._fd, [target[at - start : end - start]], self._offset + at)
+                except OSError as error:
+                    raise self._refusal("cannot be read", error, offset=at) from error
+                if got == 0:
+                    raise StorageError("the file became shorter", path=self._name, offset=at)
+                at += got
+
+    def forget_holes(self) -> None:
+        """See `MemorySource.forget_holes`."""
+        with self._asking:
+            self._known_data = (0, 0)
 
     def prefault(self, *, start: int, length: int) -> None:
         """Map a range in with one system call; see `MemorySource.prefault`.

@@ -41,7 +41,8 @@ _LIBC.process_vm_readv.argtypes = [
 class RemoteMemory:
     """A range of another process's private memory, as a `CopiedMemory`.
 
-    The process must stand still meanwhile: a page that it touches later may be missed.
+    The process may go on meanwhile: then a page that it touches later may be missed, and what is
+    read may be of many moments. Whoever needs one moment looks again when the process stands still.
 
     Args:
         pid: the process.
@@ -128,6 +129,11 @@ class RemoteMemory:
             if got != int(length.sum()):
                 # What is cut short ends before a page that cannot be had.
                 raise self._refusal(ctypes.get_errno() if got < 0 else errno.EFAULT)
+
+    def forget_holes(self) -> None:
+        """See `CopiedMemory.forget_holes`; page tables are never remembered."""
+        if self._file is not None:
+            self._file.forget_holes()
 
     def probe(self) -> None:
         """Read one page, if there is one: whoever may do that may read the rest.

@@ -97,7 +97,8 @@ class MemorySource(Protocol):
     def data_extents(self, *, start: int, length: int) -> Extents:
         """Say where in ``length`` bytes from ``start`` on bytes may be nonzero; page aligned.
 
-        The memory must not change meanwhile: what is a hole now may have data a moment later.
+        What is a hole now may have data a moment later, if the memory changes meanwhile; and what
+        was found to be data may be told from memory until `forget_holes`.
 
         Raises:
             StateError: the range is not in the memory or not page aligned, or it is closed.
@@ -121,6 +122,19 @@ class MemorySource(Protocol):
             StateError: ``start`` is not in the memory or not page aligned, or it is closed.
             StorageError: the kernel refused to tell.
         """
+
+    def copy_out(self, extents: Extents, into: NDArray[np.uint8], *, start: int) -> None:
+        """Copy ``extents`` as `CopiedMemory.read` does; the memory may change meanwhile.
+
+        What has become a hole since is zeros, and stays a hole.
+
+        Raises:
+            StateError: it is closed.
+            StorageError: the memory cannot be read.
+        """
+
+    def forget_holes(self) -> None:
+        """Ask anew where data is from now on: the memory has changed since."""
 
     def prefault(self, *, start: int, length: int) -> None:
         """Map pages in that will be read, all at once: cheaper than a fault for every few.
@@ -170,6 +184,9 @@ class CopiedMemory(Protocol):
             into: the window, 1-D uint8, writable; what is not in an extent stays as it is.
             start: offset of the window's first byte in the memory.
         """
+
+    def forget_holes(self) -> None:
+        """Ask anew where data is from now on: the memory has changed since."""
 
 
 @runtime_checkable

@@ -21,7 +21,7 @@ from typing import Any, Final, Self
 import msgspec
 
 from uringmig import signals
-from uringmig.errors import FormatError, PeerError, StorageError
+from uringmig.errors import BusyError, FormatError, PeerError, StorageError
 from uringmig.image.guestfacts import GuestDisk, GuestFacts
 from uringmig.qemu.disknodes import PROTOCOLS, DiskNode, writable_disks
 from uringmig.qemu.diskundo import NOTE, Keeping, KeptDisk, overlay_ending, undo
@@ -109,6 +109,20 @@ class DiskMoment:
             self._note = _Note(self._monitor, self._keeping)
         if self._way.folder is not None:
             _make_overlays(self._monitor, self._keeping, at_risk, self._way.folder)
+
+    def look_again(self) -> None:
+        """Before a guest that has run on since `prepare` is stopped: its disks are to be the same.
+
+        Raises:
+            BusyError: they are others than were made ready.
+            PeerError: as for `prepare`.
+        """
+        if self._note is None:
+            self.prepare()
+            return
+        now = [(one.facts.device, one.facts.node) for one in writable_disks(self._monitor)]
+        if now != [(one.facts.device, one.facts.node) for one in self._nodes]:
+            raise BusyError("the VM's disks changed as it was to be saved; try again")
 
     def take(self) -> None:
         """Keep all disks as they are now, at once; the guest stands still.

@@ -46,6 +46,7 @@ class Guardian:
         self._monitor = monitor
         self._lock = os.memfd_create("uringmig-note")
         self._note: int | None = None
+        self._ready = False
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX)
             self._process = self._start()
@@ -95,25 +96,37 @@ class Guardian:
             PeerError: QEMU does not keep our note.
             HostError: the process did not come up.
         """
-        process = self._process
-        assert process.stdout is not None
-        ready = signals.wait_until_ready(
-            process.stdout.fileno(), select.POLLIN, timeout_s=_START_SECONDS
-        )
-        if not ready or process.stdout.read(1) != guardprocess.READY:
-            raise LimitError("the guardian of the guest did not start")
+        self._wait_until_ready()
         # Should we die before we know that QEMU has the note, it does not stay either.
         self._tell(word)
         with signals.deferred():
             # By another open of the file: a lock belongs to an open, and QEMU is to have none.
             fd = os.open(f"/proc/self/fd/{self._lock}", os.O_RDONLY | os.O_CLOEXEC)
+            former = self._note
             try:
                 self._note = self._monitor.add_descriptor(fd, guardprocess.NOTES[word])
             except BaseException:
-                self._tell(guardprocess.DISARM)
+                self._tell(guardprocess.DISARM if former is None else guardprocess.TIDY)
                 raise
             finally:
                 os.close(fd)
+            if former is not None:
+                self._monitor.remove_descriptors(former)
+
+    def _wait_until_ready(self) -> None:
+        """Wait until the process watches.
+
+        Raises:
+            HostError: it did not come up.
+        """
+        if self._ready:
+            return
+        output = self._process.stdout
+        assert output is not None
+        ready = signals.wait_until_ready(output.fileno(), select.POLLIN, timeout_s=_START_SECONDS)
+        if not ready or output.read(1) != guardprocess.READY:
+            raise LimitError("the guardian of the guest did not start")
+        self._ready = True
 
     def disarm(self) -> None:
         """All is well: the guest is as it is to be."""
@@ -151,11 +164,20 @@ class Standstill:
         self._events: int | None = None
         self._ended = False
 
+    def announce(self) -> None:
+        """Have QEMU tell other saves of this one, whose guest runs on for now.
+
+        Raises:
+            PeerError: QEMU does not keep our note.
+            HostError: the guardian did not come up.
+        """
+        self._guardian.arm(guardprocess.TIDY)
+
     def stop(self) -> None:
         """Stop a guest that runs, once the guardian watches."""
         self.found = self._monitor.run_state()
         if self.found not in LIVE:
-            self._guardian.arm(guardprocess.TIDY)
+            self.announce()
             return
         self._guardian.arm(guardprocess.GO_ON)
         self.live = True
@@ -186,6 +208,13 @@ class Standstill:
                 self._monitor.execute("cont")
             self._guardian.disarm()
 
+    def go_on_after(self, error: BaseException) -> None:
+        """As `go_on`; should it fail, ``error`` tells that, too."""
+        try:
+            self.go_on()
+        except PeerError as second:
+            error.add_note(f"the guest was not let go on: {second}")
+
     def keep(self) -> None:
         """Leave the guest stopped: that is what was asked for."""
         self._ended = True
@@ -204,9 +233,6 @@ def standing_still(monitor: Monitor) -> Iterator[Standstill]:
         try:
             yield still
         except BaseException as error:
-            try:
-                still.go_on()
-            except PeerError as second:
-                error.add_note(f"the guest was not let go on: {second}")
+            still.go_on_after(error)
             raise
         still.go_on()

@@ -55,6 +55,9 @@ class _SentMemory:
         """All or nothing."""
         return self.length_bytes if self.sent is None else start
 
+    def forget_holes(self) -> None:
+        """Nothing is remembered."""
+
     def read(self, extents: Extents, into: NDArray[np.uint8], *, start: int) -> None:
         """See `CopiedMemory`."""
         pairs = zip(extents.start.tolist(), extents.length.tolist(), strict=True)

@@ -27,6 +27,7 @@ from uringmig.qemu.monitor import Monitor
 
 #: Id of the ram section: QEMU counts its devices' from 0, and takes them for signed numbers.
 RAM_SECTION_ID: Final = 0x7FFFFFFF
+RAM_CHANGED: Final = "the VM's RAM changed as it was to be saved; try again"
 _DEVICES: Final = ("/machine/peripheral", "/machine/peripheral-anon")
 #: Devices whose state is more than ``xen-save-devices-state`` writes: how their types begin.
 _ITERATING: Final = ("vfio-",)
@@ -62,7 +63,7 @@ class Moment:
         self.state: DeviceState = devices.device_state(RAM_SECTION_ID, run_state)
         self._clock = devices.clock
         if not memory.is_still(monitor.ram_blocks()):
-            raise BusyError("the VM's RAM changed as it was to be saved; try again")
+            raise BusyError(RAM_CHANGED)
 
     def check(self) -> None:
         """Make sure that the guest stands still since then: what was read meanwhile is of then.

@@ -1,17 +1,21 @@
 """Save a VM from outside: no migration runs, and no setting of QEMU's changes.
 
 The guest is stopped; the state of its devices is taken (`moment`); its memory is mapped or read in
-its process; then it goes on, and the image is finished and published afterwards.
+its process; then it goes on, and the image is finished and published afterwards. In a live save
+everything is written before that, while the guest runs, and it stands still only for what has
+changed since.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from contextlib import ExitStack
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Final
 
-from uringmig.errors import PeerError
+from uringmig.errors import BusyError, HostError, PeerError
 from uringmig.image.guestfacts import GuestFacts
 from uringmig.options import WriteOptions
 from uringmig.progress import ProgressCallback
@@ -21,21 +25,26 @@ from uringmig.qemu.guardian import LIVE, Standstill, standing_still
 from uringmig.qemu.guestfacts import describe_guest
 from uringmig.qemu.guestmemory import GuestMemory, guest_memory
 from uringmig.qemu.moment import (
+    RAM_CHANGED,
     RAM_SECTION_ID,
     Moment,
     configuration_of,
     refuse_what_is_more,
 )
 from uringmig.qemu.monitor import Monitor
-from uringmig.qemu.vmsave import DONE_BUT, Then, VmSave, state_to_save
+from uringmig.qemu.vmsave import DONE_BUT, Then, VmSave, check_state, state_to_save
 from uringmig.result import SaveResult
 from uringmig.writer import MappedRamWriter, RamBlock
+
+_PACED: Final = "written while the guest ran, as with --live: --rate is not to hold it up"
+_STOPPED: Final = "the guest did not run any more when it was to be stopped: it is left so"
 
 
 def save_outside(
     monitor: Monitor,
     out: str | os.PathLike[str],
     *,
+    live: bool = False,
     options: WriteOptions = WriteOptions(),  # noqa: B008 - frozen
     then: Then | None = None,
     disks: DisksWay = NO_DISKS,
@@ -46,7 +55,9 @@ def save_outside(
     Args:
         monitor: of the VM.
         out: the image's final name.
-        options: how to write.
+        live: write everything once while the guest runs; it stands still only for what it changed
+            since. So is a running guest saved with a rate; and none that does not run.
+        options: how to write; no rate is kept while a guest stands still for us.
         then: let the guest ``cont``, ``quit`` QEMU, or ``leave`` it stopped; None: as it was found.
         disks: how the guest's disks are kept at the image's moment.
         progress: called with a `Snapshot` about ten times a second.
@@ -63,87 +74,122 @@ def save_outside(
         disk_moment = stack.enter_context(DiskMoment(monitor, disks, out))
         # First of all: its process comes up while the guest is looked at.
         still = stack.enter_context(standing_still(monitor))
-        _, healed = state_to_save(monitor)
+        before, healed = state_to_save(monitor)
+        paced = before in LIVE and options.rate > 0 and not live
+        live = before in LIVE and (live or paced)
         refuse_what_is_more(monitor)
         memory = stack.enter_context(guest_memory(monitor))
         disk_moment.prepare()
         # What cannot be written at all shows before the guest is stopped.
-        writer = stack.enter_context(
-            MappedRamWriter(
-                out,
-                [RamBlock(b.idstr, memory.memory_of(b.idstr)) for b in memory.blocks],
-                options=options,
-                configuration=configuration_of(monitor),
-                section_id=RAM_SECTION_ID,
-                progress=progress,
-            )
-        )
-        still.stop()
-        image, notes, stopped = _write(
-            monitor, memory, writer, still, disk_moment, then, facts=options.manifest
-        )
+        blocks = [RamBlock(b.idstr, memory.memory_of(b.idstr)) for b in memory.blocks]
+        writer = MappedRamWriter(
+            out, blocks, options=options, configuration=configuration_of(monitor),
+            section_id=RAM_SECTION_ID, live=live, progress=progress,
+        )  # fmt: skip
+        stack.enter_context(writer)
+        save = _Save(monitor, memory, disk_moment, still, writer, live=live)
+        if live:
+            save.write_in_motion()
+        image = save.write(facts=options.manifest, go_on=then in (None, "cont"))
         if then in ("leave", "quit"):
             still.keep()
-    notes += _go_on(monitor, then, still)
-    state_after = None if then == "quit" and not notes else _state_after(monitor)
-    told = disk_moment.notes(goes_on=state_after in LIVE)
+    save.amiss += _afterwards(monitor, then, running=before in LIVE)
+    state_after = None if then == "quit" and not save.amiss else _state_after(monitor)
+    told = [*([_PACED] if paced else []), *save.notes(goes_on=state_after in LIVE)]
     return VmSave(
         image=replace(image, notes=(*image.notes, *told)),
         how="outside",
+        passes=2 if live else 1,
         blocks_mapped=tuple(memory.mapped),
         blocks_copied=tuple(memory.copied),
-        stopped_seconds=stopped if still.live else 0.0,
-        state_before=still.found,
+        stopped_seconds=save.stopped_seconds,
+        state_before=before if live else still.found,
         state_after=state_after,
         disks=tuple(disk_moment.disks),
-        notes=(*image.notes, *told, *healed, *notes),
+        notes=(*image.notes, *told, *healed, *save.amiss),
     )
 
 
-def _write(
-    monitor: Monitor,
-    memory: GuestMemory,
-    writer: MappedRamWriter,
-    still: Standstill,
-    disk_moment: DiskMoment,
-    then: Then | None,
-    *,
-    facts: bool,
-) -> tuple[SaveResult, list[str], float]:
-    """Write the image of a guest that stands still, and let it go on as soon as its memory is.
+@dataclass
+class _Save:
+    """A guest on its way into an image.
 
-    With ``facts`` the manifest gets those of the machine, too.
-
-    Returns:
-        The image, what went amiss, and how long the guest stood still, in seconds.
+    Attributes:
+        amiss: what went wrong although the image is whole, one line each.
+        stopped_seconds: how long the guest stood still for it; 0.0 if it did not run.
     """
-    moment = Moment(monitor, memory, still)
-    guest: GuestFacts | None = None
-    notes: tuple[str, ...] = ()
-    for _ in writer.iter_write_all():
-        if facts and guest is None:  # while the channels write
-            guest, notes = describe_guest(monitor)
-    if facts and guest is None:  # they were done at once
-        guest, notes = describe_guest(monitor)
-    disk_moment.take()
-    moment.check()
-    amiss = []
-    if then in (None, "cont"):
+
+    monitor: Monitor
+    memory: GuestMemory
+    disks: DiskMoment
+    still: Standstill
+    writer: MappedRamWriter
+    live: bool = field(kw_only=True)
+    amiss: list[str] = field(default_factory=list, init=False)
+    stopped_seconds: float = field(default=0.0, init=False)
+
+    def write_in_motion(self) -> None:
+        """The first pass of a live save: write everything while the guest runs."""
+        self.still.announce()
         try:
-            still.go_on()
-        except PeerError as error:
-            amiss.append(f"{DONE_BUT} {error}")
-    stopped = time.monotonic() - still.stopped_at
-    image = writer.finish(moment.state, guest=disk_moment.describe(guest))
-    disk_moment.keep()
-    told = replace(image.time, receive=moment.received_seconds)
-    return replace(image, time=told, notes=(*image.notes, *notes)), amiss, stopped
+            self.writer.write_all()
+        except (HostError, PeerError):
+            if not self.memory.is_still(self.monitor.ram_blocks()):  # some of it was unplugged
+                raise BusyError(RAM_CHANGED) from None
+            raise
+        # What was looked at before may be other than it was.
+        check_state(self.monitor)
+        refuse_what_is_more(self.monitor)
+        self.disks.look_again()
+
+    def write(self, *, facts: bool, go_on: bool) -> SaveResult:
+        """Write all that belongs to one moment, have the guest go on, and make the image durable.
+
+        With ``facts`` the manifest gets those of the machine, too.
+        """
+        guest: GuestFacts | None = None
+        notes: tuple[str, ...] = ()
+        with self._stopped() as moment:
+            writer = self.writer
+            for _ in writer.iter_write_changed() if self.live else writer.iter_write_all():
+                if facts and guest is None:  # while the channels write
+                    guest, notes = describe_guest(self.monitor)
+            self.disks.take()
+            moment.check()
+        if go_on:
+            try:
+                self.still.go_on()
+            except PeerError as error:
+                self.amiss.append(f"{DONE_BUT} {error}")
+        if self.still.live:
+            self.stopped_seconds = time.monotonic() - self.still.stopped_at
+        image = self.writer.finish(
+            moment.state, guest=self.disks.describe(guest), stopped_seconds=self.stopped_seconds
+        )
+        self.disks.keep()
+        told = replace(image.time, receive=moment.received_seconds)
+        return replace(image, time=told, notes=(*image.notes, *notes))
+
+    @contextmanager
+    def _stopped(self) -> Iterator[Moment]:
+        """Stop the guest; it goes on if the block fails, before what was written is taken back."""
+        try:
+            self.still.stop()
+            yield Moment(self.monitor, self.memory, self.still)
+        except BaseException as error:
+            self.still.go_on_after(error)
+            raise
+
+    def notes(self, *, goes_on: bool) -> tuple[str, ...]:
+        """What the operator should know of the guest, one line each."""
+        stopped = (_STOPPED,) if self.live and not self.still.live else ()
+        return (*stopped, *self.disks.notes(goes_on=goes_on))
 
 
-def _go_on(monitor: Monitor, then: Then | None, still: Standstill) -> list[str]:
-    """Do what was asked for, now that the image is durable."""
+def _afterwards(monitor: Monitor, then: Then | None, *, running: bool) -> list[str]:
+    """Do what was asked for, now that the image is durable; ``running``: the guest did, before."""
     try:
-        if then == "cont" and not still.live:
+        if then == "cont" and not running:
             monitor.execute("cont")
         elif then == "quit":
             monitor.execute("quit")

@@ -36,6 +36,7 @@ class VmSave:
     Attributes:
         image: the published image.
         how: the way that was taken.
+        passes: 2 if everything was written while the guest ran, and then again what had changed.
         blocks_mapped: idstrs of the blocks written from shared memory.
         blocks_copied: idstrs of those that were read from QEMU's process, or came by its stream.
         stopped_seconds: how long the guest stood still for it; 0.0 if it did not run before.
@@ -47,6 +48,7 @@ class VmSave:
 
     image: SaveResult
     how: Way
+    passes: int = 1
     blocks_mapped: tuple[str, ...]
     blocks_copied: tuple[str, ...]
     stopped_seconds: float
@@ -66,10 +68,20 @@ def state_to_save(monitor: Monitor) -> tuple[str, tuple[str, ...]]:
         PeerError: no guest can be saved in this state.
     """
     notes = heal(monitor)
+    return check_state(monitor), notes
+
+
+def check_state(monitor: Monitor) -> str:
+    """The guest's run state; refuse one from which it cannot be saved.
+
+    Raises:
+        BusyError: QEMU is migrating.
+        PeerError: no guest can be saved in this state.
+    """
     before = monitor.run_state()
     if before not in _SAVED_FROM:
         kind = BusyError if before in _PASSED_THROUGH else PeerError
         raise kind(f"the guest is in state {before!r}, from which QEMU cannot migrate")
     if not monitor.migration().ended:
         raise BusyError(f"QEMU is busy with a migration ({monitor.migration().status})")
-    return before, notes
+    return before

@@ -7,7 +7,7 @@ keeps the memory mapped until the completion.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from msgspec import Struct
@@ -48,6 +48,11 @@ class IoPlan(Struct, frozen=True):
     def total_bytes(self) -> int:
         """Bytes all requests move together."""
         return int(self.length.sum())
+
+
+_NONE = np.empty(0, np.int64)
+#: A plan of no request.
+NOTHING: Final = IoPlan(_NONE, _NONE, _NONE)
 
 
 class IoBatch(Struct, frozen=True):

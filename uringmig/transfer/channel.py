@@ -296,7 +296,8 @@ class Round:
     """Channels on their way over some windows: iterate to wait for them, `close` to stop them.
 
     Each step lasts a moment; the last one comes when all have drained. Threads are started by the
-    first, so that whoever has to close the round has it in hand by then.
+    first, so that whoever has to close the round has it in hand by then, and can do something else
+    meanwhile however short the round is.
     """
 
     def __init__(
@@ -334,6 +335,7 @@ class Round:
                 for thread in self._threads:
                     _start(thread)
                     self._running += 1
+                return
             while self._running:
                 try:
                     error = self._ended.get(timeout=_INTERVAL_SECONDS)
