@@ -149,9 +149,7 @@ class DiskMoment:
             # Once more: snapshots have their numbers now, and files the time of their last write.
             now = {one.facts.device: one for one in writable_disks(self._monitor)}
             self.disks = [
-                _described(
-                    one.facts, by_node[one.facts.node], self._keeping, now.get(one.facts.device)
-                )
+                self._kept(one.facts, by_node[one.facts.node], now.get(one.facts.device))
                 if one.facts.node in by_node
                 else one.facts
                 for one in self._nodes
@@ -159,6 +157,21 @@ class DiskMoment:
         if guest is None or not self.disks:
             return guest
         return msgspec.structs.replace(guest, disks=self.disks)
+
+    def _kept(self, before: GuestDisk, disk: KeptDisk, now: DiskNode | None) -> GuestDisk:
+        """The facts of a disk that has been kept."""
+        replace = msgspec.structs.replace
+        if self._keeping.kind == "internal":
+            name = self._keeping.name
+            number = None if now is None else dict(now.snapshots).get(name)
+            return replace(before, kept="internal", snapshot=name, snapshot_id=number)
+        # What was written to until now is behind the overlay, and stays as it is.
+        files = (now.facts.files[1:] if now is not None else []) or before.files
+        nodes = self._monitor.execute("query-named-block-nodes", flat=True)
+        if any(each["node-name"] == disk.node and not each["ro"] for each in nodes):
+            # But for what QEMU itself copies into it as it is read (-drive copy-on-read=on).
+            files = [replace(files[0], size=None, modified_ns=None), *files[1:]]
+        return replace(before, kept="external", overlay=disk.overlay, files=files)
 
     def keep(self) -> None:
         """The image has its name: what was kept of the disks belongs to it now."""
@@ -304,18 +317,3 @@ def _make_file(path: str, *, like: str, pid: int) -> None:
             os.close(fd)
     except OSError as error:
         raise StorageError("cannot make the overlay", errno=error.errno, path=path) from None
-
-
-def _described(
-    before: GuestDisk, disk: KeptDisk, keeping: Keeping, now: DiskNode | None
-) -> GuestDisk:
-    """The facts of a disk that has been kept."""
-    replace = msgspec.structs.replace
-    if keeping.kind == "external":
-        # What was written to until now is behind the overlay, and stays as it is.
-        files = now.facts.files[1:] if now is not None else []
-        return replace(before, kept="external", overlay=disk.overlay, files=files or before.files)
-    numbers = dict(now.snapshots if now is not None else ())
-    return replace(
-        before, kept="internal", snapshot=keeping.name, snapshot_id=numbers.get(keeping.name)
-    )
