@@ -64,7 +64,7 @@ def chain(machine: Machine) -> tuple[Any, ...]:
     """What is behind each of the machine's devices, and the nodes that there are."""
     return (
         [
-            (one["qdev"], one["inserted"]["node-name"], one["inserted"]["file"])
+            (one.get("qdev"), one["inserted"]["node-name"], one["inserted"]["file"])
             for one in machine.monitor.execute("query-block")
             if "inserted" in one
         ],
