@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from smallguests import MIB, PAGE
 
@@ -26,6 +28,29 @@ def test_buffer_begins_at_a_page_and_is_zero() -> None:
     assert buffer.ctypes.data % PAGE == 0
     assert not buffer.any()
     buffer[:] = 1
+
+
+def test_buffer_of_two_mebibytes_and_more_is_of_huge_pages() -> None:
+    """Of small pages a request of 1 MiB is 256 pieces, more than many a disk takes in one go."""
+    buffer = aligned_buffer(4 * MIB + PAGE)
+    assert len(buffer) == 4 * MIB + PAGE
+    assert buffer.ctypes.data % (2 * MIB) == 0
+    assert not buffer.any()
+    assert "hg" in flags_of(buffer.ctypes.data)  # MADV_HUGEPAGE
+    assert "sh" not in flags_of(buffer.ctypes.data)  # shared memory has none
+
+
+def flags_of(address: int) -> list[str]:
+    """Of the mapping that an address lies in, see proc(5), VmFlags."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, *rest = line.split()
+        if "-" in first:
+            start, _, end = first.partition("-")
+            inside = int(start, 16) <= address < int(end, 16)
+        elif inside and first == "VmFlags:":
+            return rest
+    raise AssertionError("no such mapping")
 
 
 def test_buffer_that_cannot_be_had_is_the_hosts_fault() -> None:

@@ -73,8 +73,7 @@ class WindowViews:
         # Should the engine fail with requests in flight, this keeps their memory mapped.
         self._views = [memory.view for memory in self._mapped if memory is not None]
         self._copies = len(self._views) < len(memories)
-        # The buffer given back last is taken first: it is still in the cache. (Of huge pages they
-        # were no faster: a request's pages are looked up one by one all the same.)
+        # The buffer given back last is taken first: it is still in the cache.
         self._free = buffers
         while self._copies and len(buffers) < options.windows_held:
             buffers.append(aligned_buffer(WINDOW_BYTES))

@@ -30,9 +30,7 @@ def aligned_buffer(length_bytes: int) -> NDArray[np.uint8]:
     slack = _HUGE_PAGE_BYTES if huge else 0  # never touched, and so no memory
     try:
         # Not mmap's own default, which is shared: such memory has no huge pages.
-        mapping = mmap.mmap(
-            -1, length_bytes + slack, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        )
+        mapping = mmap.mmap(-1, length_bytes + slack, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise LimitError(
             f"no buffer of {length_bytes} bytes to be had ({error.strerror}); "
