@@ -1,0 +1,141 @@
+"""A live save of memory that changes at any moment until it stands still: the image is of then."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from imagereader import read_image
+from restlessmemory import PAGE, Change, Restless, restless
+
+from uringmig import MappedRamWriter, RamBlock, WriteOptions, verify
+from uringmig.errors import StateError
+from uringmig.units import MiB
+
+#: A window of 4 MiB and a part of one.
+PAGES = 1024 + 40
+#: Pages that change are few, so that pieces and windows are met again and again; two windows.
+BUSY = [0, 1, 15, 16, 17, 63, 64, 700, 1023, 1024, 1025, 1040, PAGES - 1]
+
+changes = st.lists(
+    st.tuples(st.sampled_from(BUSY), st.sampled_from([None, 0, 1, 2, 3])), max_size=4
+)
+kinds = st.sampled_from(["shared", "private"])
+
+
+def save(
+    held: Restless, out: Path, between: list[Change], *, dense: bool, manifest: bool
+) -> tuple[bytes, bytes]:
+    """Save in two passes; the memory as it stood still, and as the image has it."""
+    options = WriteOptions(channels=1, depth=1, block_size=256 * 1024, manifest=manifest)
+    with MappedRamWriter(
+        out,
+        [RamBlock("pc.ram", held.memory, dense=dense)],
+        options=options,
+        engine=held.engine(),
+        live=True,
+    ) as writer:
+        writer.write_all()
+        held.steps.clear()
+        for change in between:
+            held.change(*change)
+        writer.write_changed()
+        expected = held.now()
+        writer.finish()
+    return expected, read_image(out).contents["pc.ram"]
+
+
+@settings(deadline=None)
+@given(kinds, changes, st.lists(changes, max_size=12), changes, st.booleans(), st.booleans())
+def test_the_image_is_of_the_moment_when_memory_stood_still(
+    kind: str,
+    before: list[Change],
+    steps: list[list[Change]],
+    between: list[Change],
+    dense: bool,
+    manifest: bool,
+) -> None:
+    """Whatever becomes of any page, at any look and around any write: zeros, a hole, and back."""
+    with tempfile.TemporaryDirectory() as folder, restless(kind, PAGES) as held:
+        for change in before:
+            held.change(*change)
+        held.steps = steps
+        out = Path(folder) / "vm"
+        expected, found = save(held, out, between, dense=dense, manifest=manifest)
+        assert found == expected
+        if manifest:
+            assert verify(out).mismatches == ()
+
+
+@pytest.mark.parametrize("kind", ["shared", "private"])
+@pytest.mark.parametrize("content", [None, 0, 2])
+def test_there_and_back_again(kind: str, content: int | None, tmp_path: Path) -> None:
+    """A page that was another thing only while the device read it: digest and bytes are one."""
+    with restless(kind, PAGES) as held:
+        for page in range(PAGES):
+            held.change(page, 1)
+        held.around = (5, content), (5, 1)
+        expected, found = save(held, tmp_path / "vm", [], dense=False, manifest=True)
+        assert expected[5 * PAGE : 6 * PAGE] == b"\1" * PAGE
+        assert found == expected
+        assert verify(tmp_path / "vm").mismatches == ()
+
+
+@pytest.mark.parametrize("kind", ["shared", "private"])
+def test_only_what_changed_is_written_again(kind: str, tmp_path: Path) -> None:
+    """A piece of 64 KiB for each page that changed, nothing for one that was zero all the time."""
+    with restless(kind, PAGES) as held:
+        for page in range(0, PAGES, 2):
+            held.change(page, 1)
+        with MappedRamWriter(
+            tmp_path / "vm", [RamBlock("pc.ram", held.memory)], live=True,
+            options=WriteOptions(bridge=0, dense_up_to=0),
+        ) as writer:  # fmt: skip
+            writer.write_all()
+            for page in (4, 6):
+                held.change(page, 2)  # two pages of one piece, of which every other is a hole
+            held.change(640, None)
+            writer.write_changed()
+            result = writer.finish()
+        assert result.written_bytes == (PAGES // 2 + 8 + 7) * PAGE
+        assert result.pages_set == PAGES // 2 - 1
+        assert result.zero_bytes == (PAGES // 2 + 1) * PAGE
+
+
+def test_what_was_given_back_meanwhile_is_not_taken_again(tmp_path: Path) -> None:
+    """Memory that has become a hole since the first pass is not allocated by the second look."""
+    with restless("shared", PAGES) as held:
+        for page in range(PAGES):
+            held.change(page, 1)
+        pages = [*range(200, 800), *range(1024, PAGES)]  # a part of a window, and a whole one
+        given_back: list[Change] = [(page, None) for page in pages]
+        expected, found = save(held, tmp_path / "vm", given_back, dense=False, manifest=True)
+        assert found == expected
+        assert held.host_bytes() == (PAGES - len(pages)) * PAGE
+
+
+def test_order_of_the_passes(tmp_path: Path) -> None:
+    """Nothing gets a name that has not been looked at again; pages are not chosen by the caller."""
+    memory = np.ones(MiB, np.uint8)
+    with MappedRamWriter(tmp_path / "vm", [RamBlock("pc.ram", memory)], live=True) as writer:
+        with pytest.raises(StateError, match="after write_all"):
+            writer.write_changed()
+        writer.write_all()
+        with pytest.raises(StateError, match="finds what changed"):
+            writer.write_pages("pc.ram", np.array([0]))
+        with pytest.raises(StateError, match="before write_changed"):
+            writer.finish()
+        memory[5000] = 7
+        writer.write_changed()
+        memory[0] = 9
+        writer.write_pages("pc.ram", np.array([0]))
+        writer.finish()
+    assert read_image(tmp_path / "vm").contents["pc.ram"] == memory.tobytes()
+    with MappedRamWriter(tmp_path / "still", [RamBlock("pc.ram", memory)]) as writer:
+        writer.write_all()
+        with pytest.raises(StateError, match="live"):
+            writer.write_changed()
