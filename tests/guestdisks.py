@@ -41,6 +41,20 @@ def snapshots_of(path: Path) -> list[str]:
     return [each["name"] for each in said.get("snapshots", [])]
 
 
+def chain(machine: Machine) -> tuple[Any, ...]:
+    """What is behind each of the machine's devices, and the nodes that there are."""
+    return (
+        [
+            (one.get("qdev"), one["inserted"]["node-name"], one["inserted"]["file"])
+            for one in machine.monitor.execute("query-block")
+            if "inserted" in one
+        ],
+        {one["node-name"] for one in machine.monitor.execute("query-named-block-nodes", flat=True)},
+        machine.monitor.execute("query-jobs"),
+        machine.monitor.descriptors(),
+    )
+
+
 @contextmanager
 def machine_with(
     folder: Path, guest: GuestImage, *disks: Path, form: str = "qcow2", **more: Any

@@ -8,12 +8,11 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
 from commandline import uringmig
-from guestdisks import DISK_BYTES, qemu_img, snapshots_of
+from guestdisks import DISK_BYTES, chain, qemu_img, snapshots_of
 from realguest import StartMachine, shared_path
 
 from uringmig.image import manifest
@@ -58,20 +57,6 @@ def disks_of(image: Path) -> list[GuestDisk]:
     said = manifest.decode(Path(f"{image}.manifest.json").read_bytes())
     assert said.guest
     return said.guest.disks or []
-
-
-def chain(machine: Machine) -> tuple[Any, ...]:
-    """What is behind each of the machine's devices, and the nodes that there are."""
-    return (
-        [
-            (one.get("qdev"), one["inserted"]["node-name"], one["inserted"]["file"])
-            for one in machine.monitor.execute("query-block")
-            if "inserted" in one
-        ],
-        {one["node-name"] for one in machine.monitor.execute("query-named-block-nodes", flat=True)},
-        machine.monitor.execute("query-jobs"),
-        machine.monitor.descriptors(),
-    )
 
 
 def refused(machine: Machine, way: str, out: Path, *words: str, code: int = 4) -> None:
