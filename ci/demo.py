@@ -7,7 +7,6 @@ guest instead, and says so. Exit code 0: every restored guest remembered its mem
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 import tempfile
@@ -82,13 +81,12 @@ def main() -> int:
 
 def real(guest: GuestImage, *, images: Path, run: Path, memory_bytes: int, fill_bytes: int) -> int:
     """Save a real guest both ways, restore it both ways, and compare."""
-    ram = Path(f"/dev/shm/uringmig-demo-{os.getpid()}")
     say(
-        f"booting a guest of {format_size(memory_bytes)}, RAM in {ram}; "
+        f"booting a guest of {format_size(memory_bytes)} (-m alone, so its RAM is private); "
         f"it fills {format_size(fill_bytes)} with random bytes (about half a minute under TCG)"
     )
     with Machine(
-        run / "source", memory_bytes=memory_bytes, shared=ram, guest=guest, fill_bytes=fill_bytes
+        run / "source", memory_bytes=memory_bytes, backend="", guest=guest, fill_bytes=fill_bytes
     ) as source:
         digest = source.console.wait_until_ready()
         source.console.wait_for("^UM count=3$")
@@ -110,7 +108,11 @@ def real(guest: GuestImage, *, images: Path, run: Path, memory_bytes: int, fill_
     for number, (save, restore) in enumerate(steps):
         say(f"restoring {save.image.name} in a second QEMU" + ("" if number else " (to warm up)"))
         with Machine(
-            run / f"destination-{number}", memory_bytes=memory_bytes, guest=guest, incoming=True
+            run / f"destination-{number}",
+            memory_bytes=memory_bytes,
+            backend="",
+            guest=guest,
+            incoming=True,
         ) as destination:
             restores.append(restore(destination, save.image))
     return report(saves, restores[1:], digest=digest, count=count)
