@@ -161,6 +161,7 @@ class Standstill:
         self.live = False
         self.found = ""
         self.stopped_at = 0.0
+        self._standing = ""
         self._events: int | None = None
         self._ended = False
 
@@ -175,24 +176,47 @@ class Standstill:
 
     def stop(self) -> None:
         """Stop a guest that runs, once the guardian watches."""
-        self.found = self._monitor.run_state()
+        self._have_it_watched()
         if self.found not in LIVE:
-            self.announce()
-            return
-        self._guardian.arm(guardprocess.GO_ON)
-        self.live = True
-        self.stopped_at = time.monotonic()
-        self._monitor.execute("stop")
-        state = self._monitor.run_state()
-        if state != "paused":  # it had stopped by itself before: it panicked, or was shut down
-            self.live = False
-            self.found = state
+            self._standing = self.found
+        else:
+            self.live = True
+            self.stopped_at = time.monotonic()
+            self._monitor.execute("stop")
+            self._standing = self._monitor.run_state()
+            if self._standing != "paused":  # it had stopped by itself: panicked, or was shut down
+                self.live = False
+                self.found = self._standing
         self._events = len(self._monitor.run_events())
 
+    def _have_it_watched(self) -> None:
+        """Have the guardian do what the guest is found to need."""
+        while True:
+            self.found = self._monitor.run_state()
+            live = self.found in LIVE
+            self._guardian.arm(guardprocess.GO_ON if live else guardprocess.TIDY)
+            if (self._monitor.run_state() in LIVE) == live:
+                return
+            # Meanwhile somebody else stopped it, and so it stays; or let it go on.
+
     @property
-    def disturbed(self) -> bool:
-        """Whether somebody else let the guest go on meanwhile, and perhaps stopped it again."""
-        return self._events is not None and len(self._monitor.run_events()) > self._events
+    def disturbance(self) -> str | None:
+        """What somebody else did with the guest since it was stopped; None: it stands still.
+
+        Raises:
+            PeerError: QEMU went away.
+        """
+        state = self._monitor.run_state()
+        events = self._new_events()
+        if "RESET" in events:
+            return "reset the guest"
+        if events:
+            return "let the guest go on"
+        return None if state == self._standing else f"brought the guest into state {state!r}"
+
+    def _new_events(self) -> tuple[str, ...]:
+        """What came since the guest was stopped."""
+        return () if self._events is None else self._monitor.run_events()[self._events :]
 
     def go_on(self) -> None:
         """Let the guest go on if it ran; whatever somebody else did with it meanwhile stays.
@@ -204,7 +228,9 @@ class Standstill:
             return
         self._ended = True
         with signals.deferred():
-            if self.live and not self.disturbed:
+            # Not if it lives elsewhere since, migrated away: then it is in another state.
+            halted = self.live and self._monitor.run_state() in guardprocess.HALTED
+            if halted and not {"STOP", "RESUME"} & set(self._new_events()):
                 self._monitor.execute("cont")
             self._guardian.disarm()
 

@@ -21,6 +21,8 @@ READY = b"r"
 GO_ON = b"g"
 TIDY = b"t"
 DISARM = b"d"
+#: Run states of a guest that was stopped for a save: the second if it was reset since.
+HALTED = frozenset({"paused", "prelaunch"})
 #: Opaque texts of the descriptors that QEMU is given for the time of a save begin so.
 OURS = "uringmig:"
 #: Of the note, by what the saver was to do with the guest at last.
@@ -73,7 +75,7 @@ def put_back(path: str, word: bytes) -> None:
         OSError: QEMU does not answer.
     """
     connection = _Connection(path)
-    if word == GO_ON and connection.execute("query-status")["status"] == "paused":
+    if word == GO_ON and connection.execute("query-status")["status"] in HALTED:
         connection.execute("cont")
     for entry in connection.execute("query-fdsets"):
         if any(fd.get("opaque") in OF_A_SAVE for fd in entry["fds"]):

@@ -13,7 +13,7 @@ from uringmig.errors import BusyError, PeerError, StorageError
 from uringmig.format.constants import CAPABILITY_IGNORE_SHARED
 from uringmig.qemu.diskundo import NOTE as DISKS_NOTE
 from uringmig.qemu.diskundo import settle
-from uringmig.qemu.guardprocess import GO_ON, NOTES, OURS
+from uringmig.qemu.guardprocess import GO_ON, HALTED, NOTES, OURS
 from uringmig.qemu.monitor import SETTINGS_NOTE, Monitor
 
 
@@ -36,7 +36,7 @@ def heal(monitor: Monitor) -> tuple[str, ...]:
     ):
         raise BusyError("another save of this VM is under way")
     done = []
-    if NOTES[GO_ON] in notes and monitor.run_state() == "paused":
+    if NOTES[GO_ON] in notes and monitor.run_state() in HALTED:
         monitor.execute("cont")
         done.append("the guest stood still since a save of it was killed; it was let go on first")
     if not monitor.migration().ended:

@@ -69,10 +69,15 @@ class Moment:
         """Make sure that the guest stands still since then: what was read meanwhile is of then.
 
         Raises:
-            PeerError: it does not, or QEMU went away.
+            BusyError: it does not.
+            PeerError: QEMU went away.
         """
-        if self._still.disturbed or _devices(self._monitor).clock != self._clock:
-            raise PeerError("another client let the guest go on before its memory was saved")
+        clock = _devices(self._monitor).clock
+        done = self._still.disturbance
+        if done is None and clock != self._clock:  # of a guest that was found stopped
+            done = "let the guest go on"
+        if done is not None:
+            raise BusyError(f"another client {done} before its memory was saved")
 
 
 def configuration_of(monitor: Monitor) -> Configuration:

@@ -207,7 +207,7 @@ class Monitor:
         self.execute("remove-fd", **{"fdset-id": fdset})
 
     def run_events(self) -> tuple[str, ...]:
-        """``STOP`` and ``RESUME`` as they came so far, whoever had the guest stop or go on."""
+        """``STOP``, ``RESUME`` and ``RESET`` as they came so far, whoever made the guest do so."""
         return tuple(self._connection.run_events)
 
     def machine_type(self) -> str:

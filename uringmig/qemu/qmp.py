@@ -35,8 +35,8 @@ _MISTAKES: Final = {
     errno.EAGAIN: "other clients already wait for this QMP socket",
     errno.EACCES: "no permission to connect to this QMP socket",
 }
-#: QEMU: qapi/run-state.json, as the guest stops and goes on, whoever made it.
-_RUN_EVENTS: Final = frozenset({"STOP", "RESUME"})
+#: QEMU: qapi/run-state.json, as the guest stops, goes on or begins anew, whoever made it.
+_RUN_EVENTS: Final = frozenset({"STOP", "RESUME", "RESET"})
 #: struct ucred, unix(7): process, user, group.
 _CREDENTIALS: Final = struct.Struct("=iII")
 #: A QEMU that is just being started listens in a moment; permission is not given in time.
@@ -73,7 +73,7 @@ class QmpConnection:
             unix(7)); 0 if it is in a process id namespace that is not visible here. Not
             SO_PEERCRED: that is who made the socket, which may be a manager that passed it on.
         greeting: what QEMU said first.
-        run_events: ``STOP`` and ``RESUME`` as they came, with the answers to commands.
+        run_events: ``STOP``, ``RESUME`` and ``RESET`` as they came, with the answers to commands.
 
     Raises:
         PeerError: no socket, nobody listens, not QMP, or no greeting in time.
