@@ -14,6 +14,7 @@ from restlessmemory import PAGE, Change, Restless, restless
 
 from uringmig import MappedRamWriter, RamBlock, WriteOptions, verify
 from uringmig.errors import StateError
+from uringmig.transfer.channel import Pacer
 from uringmig.units import MiB
 
 #: A window of 4 MiB and a part of one.
@@ -116,6 +117,27 @@ def test_what_was_given_back_meanwhile_is_not_taken_again(tmp_path: Path) -> Non
         expected, found = save(held, tmp_path / "vm", given_back, dense=False, manifest=True)
         assert found == expected
         assert held.host_bytes() == (PAGES - len(pages)) * PAGE
+
+
+def test_no_rate_holds_up_the_second_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written while the guest runs is paced; what it waits for is not."""
+    asked: list[int] = []
+
+    def delay(pacer: Pacer, count_bytes: int) -> float:
+        asked.append(pacer._rate)
+        return 0.0
+
+    monkeypatch.setattr(Pacer, "delay", delay)
+    memory = np.ones(MiB, np.uint8)
+    with MappedRamWriter(
+        tmp_path / "vm", [RamBlock("pc.ram", memory)], options=WriteOptions(rate=5 * MiB), live=True
+    ) as writer:
+        writer.write_all()
+        assert set(asked) == {5 * MiB}
+        asked.clear()
+        memory[:] = 2
+        writer.write_changed()
+        assert set(asked) == {0}
 
 
 def test_order_of_the_passes(tmp_path: Path) -> None:

@@ -1,0 +1,301 @@
+"""Live saves that are stopped, killed or meddled with, in either pass and between the two.
+
+URINGMIG_KILL_ROUNDS is how often each of the three ways to kill is tried, at random moments.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from commandline import start, uringmig
+from imagereader import read_image
+from outsidefill import fill_ram
+from realguest import StartMachine
+
+from uringmig import WriteOptions
+from uringmig.errors import BusyError, PeerError
+from uringmig.progress import Snapshot
+from uringmig.qemu.monitor import Monitor
+from uringmig.qemu.outside import save_outside
+from uringmig.qemu.vmsave import Then
+from uringmig.testing.machine import Machine
+from uringmig.units import MiB
+from uringmig.verify import verify
+
+ROUNDS = int(os.environ.get("URINGMIG_KILL_ROUNDS", "3"))
+GUEST_BYTES = 256 * MiB
+FILLED_BYTES = 192 * MiB
+
+
+def kept(machine: Machine) -> object:
+    """All that QEMU keeps and that a save might change."""
+    monitor = machine.monitor
+    return monitor.capabilities(), monitor.parameters(), monitor.descriptors()
+
+
+@pytest.fixture(scope="module")
+def live(qemu: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    """A machine whose firmware runs, and memory that was filled from outside."""
+    with Machine(tmp_path_factory.mktemp("m"), memory_bytes=GUEST_BYTES, backend="") as machine:
+        fill_ram(machine, first=16 * MiB, length=FILLED_BYTES)
+        yield machine
+
+
+def at(phase: str, act: Callable[[], object]) -> Callable[[Snapshot], None]:
+    """A progress callback that does something once, when this phase is told of first."""
+    done: list[object] = []
+
+    def look(snapshot: Snapshot) -> None:
+        if snapshot.phase == phase and not done:
+            done.append(None)
+            act()
+
+    return look
+
+
+def child_of(process: subprocess.Popen[str]) -> int | None:
+    """The guardian of a save, if it is there."""
+    try:
+        text = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    except OSError:
+        return None
+    return int(text.split()[0]) if text.split() else None
+
+
+@pytest.mark.parametrize("who", ["saver", "guardian", "both"])
+def test_killed_at_random_moments(live: Machine, tmp_path: Path, who: str) -> None:
+    """The guest runs on, nothing of QEMU's is changed, the image is absent or whole."""
+    source = random.Random(f"20261127 {who} {ROUNDS}")
+    before = kept(live)
+    out = tmp_path / "vm"
+    for _ in range(ROUNDS):
+        child = start("save", "--live", "--qmp", live.qmp_path, out)
+        time.sleep(source.uniform(0.0, 1.2))
+        guardian = child_of(child)
+        if guardian is not None and who != "saver":
+            os.kill(guardian, signal.SIGKILL)
+        if who != "guardian":
+            child.kill()
+        child.communicate()
+        if who == "both":
+            done = uringmig("repair", "--qmp", live.qmp_path)
+            assert done.code == 0, done.err
+            assert live.monitor.run_state() == "running"
+        elif who == "guardian":
+            assert child.returncode == 0
+        while live.monitor.run_state() != "running" or kept(live) != before:
+            time.sleep(0.005)
+        if out.exists():
+            read_image(out)
+            out.unlink()
+    assert save_outside(live.monitor, out, live=True).notes == ()
+    assert verify(out).mismatches == ()
+
+
+@pytest.mark.parametrize("phase", ["write", "catch-up", "bitmaps", "sync"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_by_a_signal(
+    live: Machine, tmp_path: Path, phase: str, number: signal.Signals
+) -> None:
+    """In every pass: exit 128+N, the guest runs, and not even a partial file is left."""
+    before = kept(live)
+    program = (
+        "import os, signal, sys\n"
+        "import uringmig.writer as writer\n"
+        "tell = writer.MappedRamWriter._tell\n"
+        "def strike(self, phase):\n"
+        f"    if phase == {phase!r}:\n"
+        f"        os.kill(os.getpid(), {int(number)})\n"
+        "    return tell(self, phase)\n"
+        "writer.MappedRamWriter._tell = strike\n"
+        "from uringmig.__main__ import main\n"
+        "main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, "save", "--live", "--qmp", live.qmp_path, tmp_path / "vm"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 128 + number, done.stderr
+    assert list(tmp_path.iterdir()) == []
+    assert live.monitor.run_state() == "running"
+    assert kept(live) == before
+
+
+@pytest.mark.parametrize("then", [None, "cont", "leave"])
+def test_somebody_stops_the_guest_in_the_first_pass(
+    live: Machine, tmp_path: Path, then: Then | None
+) -> None:
+    """It is theirs: it is left stopped whatever the save was asked for, and is restored so."""
+    before = kept(live)
+    with Monitor(live.qmp_path) as monitor:
+        stop = at("write", lambda: live.monitor.execute("stop"))
+        result = save_outside(monitor, tmp_path / "vm", live=True, then=then, progress=stop)
+    assert live.monitor.run_state() == "paused"
+    assert kept(live) == before
+    live.monitor.execute("cont")
+    assert (result.passes, result.stopped_seconds) == (2, 0.0)
+    assert (result.state_before, result.state_after) == ("running", "paused")
+    assert "did not run any more" in result.notes[0]
+    [state] = [each for each in read_image(tmp_path / "vm").sections if each.idstr == "globalstate"]
+    assert b"paused" in state.raw
+
+
+def test_stopped_and_let_go_on_in_the_first_pass(live: Machine, tmp_path: Path) -> None:
+    """Nothing has to stand still yet."""
+
+    def meddle() -> None:
+        live.monitor.execute("stop")
+        live.monitor.execute("cont")
+
+    with Monitor(live.qmp_path) as monitor:
+        result = save_outside(monitor, tmp_path / "vm", live=True, progress=at("write", meddle))
+    assert result.notes == ()
+    assert result.state_after == live.monitor.run_state() == "running"
+
+
+@pytest.mark.parametrize("stopped_again", [True, False])
+def test_somebody_lets_the_guest_go_on_while_it_stands_still(
+    live: Machine, tmp_path: Path, stopped_again: bool
+) -> None:
+    def meddle() -> None:
+        live.monitor.execute("cont")
+        if stopped_again:
+            live.monitor.execute("stop")
+
+    before = kept(live)
+    with (
+        Monitor(live.qmp_path) as monitor,
+        pytest.raises(PeerError, match="another client let the guest go on"),
+    ):
+        save_outside(monitor, tmp_path / "vm", live=True, progress=at("catch-up", meddle))
+    assert live.monitor.run_state() == ("paused" if stopped_again else "running")
+    assert kept(live) == before
+    assert list(tmp_path.iterdir()) == []
+    live.monitor.execute("cont")
+
+
+@pytest.mark.parametrize("rate", [0, 256 * MiB])
+def test_a_guest_that_is_stopped_anyway(live: Machine, tmp_path: Path, rate: int) -> None:
+    """One pass, at the rate if there is one, and nothing to be said about it."""
+    live.monitor.execute("stop")
+    options = WriteOptions(rate=rate)
+    result = save_outside(live.monitor, tmp_path / "vm", live=True, options=options)
+    assert (result.passes, result.stopped_seconds, result.notes) == (1, 0.0, ())
+    assert result.state_before == result.state_after == live.monitor.run_state() == "paused"
+    live.monitor.execute("cont")
+
+
+def test_a_rate_does_not_hold_the_guest(live: Machine, tmp_path: Path) -> None:
+    """All that is paced is written while the guest runs; what it changed is written unpaced."""
+    rates: dict[str, set[float]] = {"write": set(), "catch-up": set()}
+    states: dict[str, set[str]] = {"write": set(), "catch-up": set()}
+
+    def look(snapshot: Snapshot) -> None:
+        if snapshot.phase in states:
+            states[snapshot.phase].add(live.monitor.run_state())
+        if snapshot.phase == "catch-up" and not rates["catch-up"]:
+            fill_ram(live, first=16 * MiB, length=64 * MiB, seed=len(rates))
+            rates["catch-up"].add(snapshot.rate)
+
+    with Monitor(live.qmp_path) as monitor:
+        options = WriteOptions(rate=128 * MiB)
+        result = save_outside(monitor, tmp_path / "vm", options=options, progress=look)
+    assert result.passes == 2
+    assert any("--rate" in note for note in result.notes)
+    assert states == {"write": {"running"}, "catch-up": {"paused"}}
+    assert result.image.written_bytes >= FILLED_BYTES + 64 * MiB
+    assert verify(tmp_path / "vm").mismatches == ()
+
+
+def test_another_save_in_the_first_pass(live: Machine, tmp_path: Path) -> None:
+    """It is told so, and may try again; the first is not disturbed."""
+    refused: list[PeerError] = []
+
+    def second() -> None:
+        with pytest.raises(BusyError, match="another save") as caught:
+            save_outside(live.monitor, tmp_path / "second")
+        refused.append(caught.value)
+
+    with Monitor(live.qmp_path) as monitor:
+        save_outside(monitor, tmp_path / "first", live=True, progress=at("write", second))
+    assert refused[0].may_pass
+    assert verify(tmp_path / "first").mismatches == ()
+
+
+def test_a_migration_begins_in_the_first_pass(start_machine: StartMachine, tmp_path: Path) -> None:
+    """The guest is QEMU's then: it is not stopped, and the migration is not disturbed."""
+    machine = start_machine(memory_bytes=64 * MiB, backend="")
+    fill_ram(machine, first=16 * MiB, length=32 * MiB)
+    machine.monitor.set_parameters(**{"max-bandwidth": MiB})
+
+    def migrate() -> None:
+        machine.monitor.execute("migrate", uri="exec:cat >/dev/null")
+
+    with Monitor(machine.qmp_path) as monitor, pytest.raises(BusyError, match="migration"):
+        save_outside(monitor, tmp_path / "vm", live=True, progress=at("write", migrate))
+    assert machine.monitor.run_state() == "running"
+    assert machine.monitor.migration().status in ("setup", "active")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("what", ["memory", "nvme", "nothing"])
+def test_devices_that_come_in_the_first_pass(
+    start_machine: StartMachine, tmp_path: Path, what: str
+) -> None:
+    """Others than were looked at before: the save is refused, and QEMU and its guest live."""
+    disk = tmp_path / "disk"
+    disk.write_bytes(bytes(MiB))
+    machine = start_machine(
+        memory_bytes=64 * MiB,
+        backend="",
+        arguments=[
+            *["-m", "slots=2,maxmem=1G", "-device", "pcie-root-port,id=root1,chassis=1"],
+            *["-drive", f"file={disk},if=none,id=d,format=raw"],
+        ],
+    )
+    monitor = machine.monitor
+
+    def plug() -> None:
+        if what == "memory":
+            monitor.execute(
+                "object-add", **{"qom-type": "memory-backend-ram", "id": "more", "size": 128 * MiB}
+            )
+            monitor.execute("device_add", driver="pc-dimm", memdev="more", id="dimm")
+        if what == "nvme":
+            monitor.execute("device_add", driver="nvme", drive="d", serial="1", bus="root1")
+
+    out = tmp_path / "vm"
+    with Monitor(machine.qmp_path) as ours:
+        if what == "nothing":
+            assert save_outside(ours, out, live=True, progress=at("write", plug)).passes == 2
+        else:
+            match, kind = {"memory": ("RAM changed", BusyError), "nvme": ("nvme", PeerError)}[what]
+            with pytest.raises(kind, match=match):
+                save_outside(ours, out, live=True, progress=at("write", plug))
+            assert [path.name for path in tmp_path.iterdir()] == ["disk"]
+    assert monitor.run_state() == "running"
+
+
+def test_qemu_dies_in_the_first_pass(start_machine: StartMachine, tmp_path: Path) -> None:
+    machine = start_machine(memory_bytes=64 * MiB, backend="")
+    with Monitor(machine.qmp_path) as monitor, pytest.raises(PeerError, match=r"went away|ended"):
+        save_outside(monitor, tmp_path / "vm", live=True, progress=at("write", machine.kill))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_from_outside(live: Machine, tmp_path: Path) -> None:
+    """A migration holds the guest for all of a save: it is not taken without a word."""
+    done = uringmig("save", "--live", "--how", "migrate", "--qmp", live.qmp_path, tmp_path / "vm")
+    assert done.code == 2
+    assert "from outside" in done.err
+    assert live.monitor.run_state() == "running"
