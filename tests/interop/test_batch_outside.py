@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from batchjobs import check_archive, job, job_ends, run_jobs, write_jobs
-from commandline import uringmig
+from batchjobs import (
+    check_archive,
+    first_event,
+    job,
+    job_ends,
+    run_jobs,
+    start_jobs,
+    write_jobs,
+)
+from commandline import Ended, finish, uringmig
+from numpy.typing import NDArray
 from realguest import (
     FILL_BYTES,
     GUEST_BYTES,
@@ -132,3 +144,70 @@ def test_a_guest_is_left_in_the_state_it_was_found_in(
     )  # fmt: skip
     assert done.code == 0, done.err
     assert waiting.monitor.run_state() == state
+
+
+def change_meanwhile(machine: Machine, folder: Path, change: Callable[[], object]) -> Ended:
+    """Archive with a low rate and do something while the guest runs and is copied."""
+    with machine_memory(machine) as memory:
+        memory[:] = np.random.default_rng(1).integers(0, 256, len(memory), np.uint8)
+    one = job("vm", f"qmp = '{machine.qmp_path}'", rate="8M", retries=3)
+    process = start_jobs(write_jobs(folder, one, defaults='entry = "{name}"'))
+    first_event(process, "progress", job="vm", phase="write")
+    change()
+    return finish(process)
+
+
+@contextmanager
+def machine_memory(machine: Machine) -> Iterator[NDArray[np.uint8]]:
+    """The second half of a machine's RAM, to be filled."""
+    address = machine.monitor.ram_blocks()[0].host_address
+    assert address is not None
+    memory = np.zeros(16 * MiB, np.uint8)
+    yield memory
+    with Path(f"/proc/{machine.process.pid}/mem").open("r+b", buffering=0) as file:
+        file.seek(address + 32 * MiB)
+        file.write(memory.tobytes())
+
+
+def test_memory_that_is_plugged_in_meanwhile(start_machine: StartMachine, tmp_path: Path) -> None:
+    """The copy would lack it: it begins anew, and has it."""
+    machine = start_machine(
+        memory_bytes=64 * MiB,
+        backend="",
+        arguments=["-m", "64M,slots=2,maxmem=256M", "-object", "memory-backend-ram,id=m,size=64M"],
+    )
+    ended = change_meanwhile(
+        machine,
+        tmp_path,
+        lambda: machine.monitor.execute("device_add", driver="pc-dimm", id="d", memdev="m"),
+    )
+    assert ended.code == 0, ended.err
+    end = job_ends(ended)["vm"]
+    assert (end["attempts"], machine.monitor.run_state()) == (2, "running")
+    assert any("RAM changed" in note for note in end["notes"])
+    assert end["archived"]["memory_bytes"] > 128 * MiB
+    check_archive(tmp_path / "archive")
+
+
+def test_a_device_that_cannot_be_saved_comes_meanwhile(
+    start_machine: StartMachine, tmp_path: Path
+) -> None:
+    """QEMU would die of being asked for its state; the guest is not even stopped."""
+    disk = "driver=null-co,read-zeroes=on,node-name=disk,size=1048576"
+    machine = start_machine(
+        memory_bytes=64 * MiB,
+        backend="",
+        arguments=["-device", "pcie-root-port,id=rp", "-blockdev", disk],
+    )
+    ended = change_meanwhile(
+        machine,
+        tmp_path,
+        lambda: machine.monitor.execute(
+            "device_add", driver="nvme", id="d", drive="disk", serial="1", bus="rp"
+        ),
+    )
+    assert ended.code == 4
+    assert "nvme" in job_ends(ended)["vm"]["error"]
+    assert machine.monitor.run_state() == "running"
+    assert machine.monitor.run_events() == ()
+    assert not check_archive(tmp_path / "archive")

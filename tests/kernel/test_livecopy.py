@@ -23,6 +23,7 @@ from uringmig.archive.hot import write_hot
 from uringmig.contents.devicestream import DeviceStream, PrivateBlock
 from uringmig.contents.memoryfiles import MemoryContents
 from uringmig.errors import PeerError
+from uringmig.progress import Snapshot
 from uringmig.storage.engine import Operation
 from uringmig.storage.enginechoice import EngineChoice
 from uringmig.storage.pwrite import PwriteEngine
@@ -235,6 +236,32 @@ def test_the_rate_holds_for_the_first_pass_only(guest: Running, tmp_path: Path, 
     options = WriteOptions(rate=4 * MIB, dense_up_to=256 << 10)
     result = archive(guest, tier, tmp_path, options=options)
     assert 0 < guest.stood_still < result.seconds / 4
+    check(tier, tmp_path, guest.now())
+
+
+@BOTH
+def test_a_long_copy_is_followed_by_a_round_while_the_guest_runs(
+    guest: Running, tmp_path: Path, tier: str
+) -> None:
+    """What changed during the first round is copied before the guest stands still."""
+    source = np.random.default_rng(9)
+    written: list[int] = []
+    changed: list[bool] = []
+
+    def watch(snapshot: Snapshot) -> None:
+        if not changed and snapshot.completed_bytes > 6 * MIB:
+            guest.put(0, source.bytes(2 * MIB))
+            changed.append(True)
+        written.append(snapshot.completed_bytes)
+
+    guest.at_last = lambda: written.append(-1)
+    options = WriteOptions(channels=1, rate=8 * MIB, block_size=MIB, dense_up_to=256 << 10)
+    write = write_hot if tier == "hot" else write_cold
+    path = tmp_path / ("a.mig" if tier == "hot" else "a.cold")
+    result = write(guest, path, options=options, progress=watch)
+    running, standing = written[: written.index(-1)], written[written.index(-1) + 1 :]
+    assert running[-1] >= 8 * MIB + (2 if tier == "hot" else 4) * MIB
+    assert standing[-1] == running[-1] == result.written_bytes
     check(tier, tmp_path, guest.now())
 
 

@@ -220,13 +220,23 @@ class _ColdCopy:
             self._take_all(Intake(contents, self._rows, gap_bytes=self._options.bridge), self._rows)
         return self._finish(label)
 
-    def _go_over(self, rows: Sequence[Row], *, again: bool, copies: bool) -> None:
+    def _go_over(self, rows: Sequence[Row], *, again: bool, running: bool) -> None:
         """See `LivePass`."""
         contents = self._contents
         assert isinstance(contents, LiveContents), "there is one pass over a file"
-        self._take_all(LiveIntake(contents, rows, copies=copies), rows, again=again)
+        intake = LiveIntake(contents, rows, copies=running)
+        self._take_all(intake, rows, again=again, paced=running or not again)
+        if running:
+            self._free_places()
 
-    def _take_all(self, intake: WindowIntake, rows: Sequence[Row], *, again: bool = False) -> None:
+    def _take_all(
+        self,
+        intake: WindowIntake,
+        rows: Sequence[Row],
+        *,
+        again: bool = False,
+        paced: bool = True,
+    ) -> None:
         """Copy rows and drain; see `CopyRun.copy`."""
         self._copy.copy(
             intake,
@@ -243,6 +253,7 @@ class _ColdCopy:
             ),
             self._chunk,
             again=again,
+            paced=paced,
         )
 
     def _take_over(self) -> list[Row]:
@@ -265,6 +276,12 @@ class _ColdCopy:
             at = max(at, end)
         return rows
 
+    def _free_places(self) -> None:
+        """Make holes of places that nobody needs any more; where that cannot be, they take room."""
+        places = self._places.given_up
+        while places:
+            self._target.main.punch_hole(*places.pop())
+
     def _chunk(self, row: Row) -> Chunk:
         """What the journal keeps of a row."""
         block_index, number = row
@@ -281,8 +298,7 @@ class _ColdCopy:
     def _finish(self, label: EntryLabel | None) -> TierResult:
         """Write index and header, make it all durable, give it its name."""
         main = self._target.main
-        for offset, length in self._places.given_up:
-            main.punch_hole(offset, length)  # where that cannot be, they take room and no more
+        self._free_places()
         self._copy.tell("devices")
         tail = self._contents.device_state().tail
         index = ColdIndex(

@@ -78,6 +78,7 @@ class CopyRun:
         chunk_of: Callable[[Row], Chunk],
         *,
         again: bool = False,
+        paced: bool = True,
     ) -> None:
         """Copy ``rows`` and drain.
 
@@ -86,7 +87,8 @@ class CopyRun:
             rows: in any order.
             make_work: a channel's side.
             chunk_of: what the journal keeps of a row.
-            again: they were copied before, and their guest stands still: no rate holds.
+            again: they were copied before.
+            paced: the rate holds.
 
         Raises:
             UringmigError: the first failure of any channel; the others have stopped and drained.
@@ -110,7 +112,7 @@ class CopyRun:
             first.scanned_bytes += holes
             first.zero_bytes += holes
             first.finished_bytes += holes
-        pacer = Pacer(0 if again else self._options.rate)
+        pacer = Pacer(self._options.rate if paced else 0)
         try:
             with closing(
                 run_round(shared, tickets, make_work, self.counters, pacer=pacer)

@@ -148,15 +148,22 @@ class HotCopy:
             self._take_all(intake, self._rows)
         return self._finish(label)
 
-    def _go_over(self, rows: Sequence[Row], *, again: bool, copies: bool) -> None:
+    def _go_over(self, rows: Sequence[Row], *, again: bool, running: bool) -> None:
         """See `LivePass`."""
         contents = self._contents
         assert isinstance(contents, LiveContents), "there is one pass over a file"
-        copies = copies or self._slots is not None
+        copies = running or self._slots is not None
         intake = LiveIntake(contents, rows, filled=self._dense, copies=copies)
-        self._take_all(intake, rows, again=again)
+        self._take_all(intake, rows, again=again, paced=running or not again)
 
-    def _take_all(self, intake: WindowIntake, rows: Sequence[Row], *, again: bool = False) -> None:
+    def _take_all(
+        self,
+        intake: WindowIntake,
+        rows: Sequence[Row],
+        *,
+        again: bool = False,
+        paced: bool = True,
+    ) -> None:
         """Copy rows and drain; see `CopyRun.copy`."""
         self._copy.copy(
             intake,
@@ -174,6 +181,7 @@ class HotCopy:
             ),
             self._chunk,
             again=again,
+            paced=paced,
         )
 
     def _chunk(self, row: Row) -> Chunk:

@@ -16,6 +16,8 @@ from uringmig.archive.intake import TakenWindow
 from uringmig.contents.live import LiveContents, MemoryReader
 from uringmig.contents.source import Row, row_of, window_of
 from uringmig.errors import StateError
+from uringmig.memory.moving import MovingMemory
+from uringmig.memory.source import MemorySource
 
 
 class LiveIntake:
@@ -38,10 +40,16 @@ class LiveIntake:
         filled: frozenset[int] = frozenset(),
         copies: bool = False,
     ) -> None:
-        self._reader = MemoryReader(contents.memories)
+        self._reader = MemoryReader(
+            [
+                MovingMemory(memory)
+                if isinstance(memory, MemorySource) and (copies or number in filled)
+                else memory
+                for number, memory in enumerate(contents.memories)
+            ]
+        )
         self._windows = deque(window_of(contents.blocks, row) for row in rows)
         self._filled = filled
-        self._copies = copies
 
     def take(self, buffer: NDArray[np.uint8]) -> TakenWindow:
         """Take any window that nobody has yet.
@@ -57,23 +65,14 @@ class LiveIntake:
         except IndexError:
             raise StateError("more windows are asked for than there are") from None
         fill_up = window.block_index in self._filled
-        mapped = self._reader.is_mapped(window.block_index)
-        copy = buffer[: window.length_bytes]
         if fill_up:
-            copy[:] = 0
+            buffer[: window.length_bytes] = 0
         read = self._reader.read(window, buffer)
-        if read.data is None:
+        if read.data is None or fill_up:
             start, length = [0], [len(read.memory)]
         else:
             start, length = read.data.start.tolist(), read.data.length.tolist()
-        memory = read.memory
-        if mapped and (fill_up or self._copies):
-            for first, count in zip(start, length, strict=True):
-                copy[first : first + count] = memory[first : first + count]
-            memory = copy
-        if fill_up:
-            start, length = [0], [len(memory)]
-        return TakenWindow(row_of(window), memory, start, length, buffer)
+        return TakenWindow(row_of(window), read.memory, start, length, buffer)
 
     def finish(self) -> None:
         """Nothing: whether the guest stood still is for the contents to say."""

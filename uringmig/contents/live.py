@@ -61,10 +61,6 @@ class MemoryReader:
         self._mapped = [memory if isinstance(memory, MemorySource) else None for memory in memories]
         self._memories = list(memories)
 
-    def is_mapped(self, block_index: int) -> bool:
-        """Whether a block's windows are seen where they lie, and not copied."""
-        return self._mapped[block_index] is not None
-
     def read(self, window: Window, buffer: NDArray[np.uint8]) -> WindowRead:
         """Look at one window: a view of where it lies, or a copy if it lies elsewhere.
 

@@ -10,16 +10,22 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Final
 
-from uringmig.errors import PeerError
+from uringmig import signals
+from uringmig.errors import BusyError, HostError, PeerError, StorageError
 from uringmig.qemu.guardian import standing_still
 from uringmig.qemu.guestfacts import describe_guest
 from uringmig.qemu.guestmemory import GuestMemory, guest_memory, why_unreadable
 from uringmig.qemu.heldguest import held_guest
-from uringmig.qemu.moment import Moment, refuse_what_is_more
+from uringmig.qemu.moment import RAM_CHANGED, Moment, refuse_what_is_more
 from uringmig.qemu.monitor import Monitor
 from uringmig.qemu.vmcontents import VmContents
 from uringmig.qemu.vmsave import state_to_save
+
+#: Another save's standstill is over within moments; one that takes longer is waited for by retries.
+_PATIENCE_SECONDS: Final = 60.0
+_PAUSE_SECONDS: Final = 0.05
 
 
 class GuestContents(VmContents):
@@ -46,8 +52,9 @@ class GuestContents(VmContents):
             HostError: this host cannot start the guardian of a guest that is stopped.
             FormatError: QEMU's device state is not as expected.
         """
-        # Since this was opened another save may have begun, for which the guest stands still.
-        _, healed = state_to_save(self._monitor)
+        healed = self._wait_until_free()
+        # Asked for the state of a device that has come since, and cannot be saved, QEMU dies.
+        refuse_what_is_more(self._monitor)
         with standing_still(self._monitor) as still:
             still.stop()
             moment = Moment(self._monitor, self._memory, still)
@@ -62,6 +69,25 @@ class GuestContents(VmContents):
                 self.warnings.append(f"the guest was not let go on: {error}")
             if still.live:
                 self.stopped_seconds = time.monotonic() - still.stopped_at
+
+    def _wait_until_free(self) -> tuple[str, ...]:
+        """Wait for another save, begun since this was opened: it may have stopped the guest.
+
+        Returns:
+            What the operator should know.
+
+        Raises:
+            BusyError: it takes too long.
+        """
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        while True:
+            try:
+                return state_to_save(self._monitor)[1]
+            except BusyError:
+                if time.monotonic() > deadline:
+                    raise
+            signals.look()
+            time.sleep(_PAUSE_SECONDS)
 
 
 @contextmanager
@@ -83,4 +109,17 @@ def open_guest(monitor: Monitor, *, notes: Sequence[str] = ()) -> Iterator[VmCon
         return
     refuse_what_is_more(monitor)
     with guest_memory(monitor) as memory:
-        yield GuestContents(monitor, memory, notes)
+        try:
+            yield GuestContents(monitor, memory, notes)
+        except (HostError, PeerError, StorageError):
+            if _has_changed(monitor, memory):  # some of it was unplugged, perhaps
+                raise BusyError(RAM_CHANGED) from None
+            raise
+
+
+def _has_changed(monitor: Monitor, memory: GuestMemory) -> bool:
+    """Whether QEMU has other memory than was opened, if that can still be found out."""
+    try:
+        return not memory.is_still(monitor.ram_blocks())
+    except (HostError, PeerError):
+        return False

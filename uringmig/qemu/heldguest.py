@@ -22,6 +22,7 @@ from uringmig.format.device_state import DeviceState
 from uringmig.memory.source import Extents, MemorySource, check_range
 from uringmig.qemu.guardian import LIVE
 from uringmig.qemu.guestfacts import describe_guest
+from uringmig.qemu.moment import RAM_CHANGED
 from uringmig.qemu.monitor import Monitor
 from uringmig.qemu.receiving import receive
 from uringmig.qemu.sharedram import (
@@ -124,7 +125,7 @@ class HeldContents(VmContents):
             BusyError: these are not the blocks that were found before.
         """
         if stream.blocks != [(block.idstr, block.used_length) for block in self.blocks]:
-            raise BusyError("the VM's RAM changed as it was to be saved; try again")
+            raise BusyError(RAM_CHANGED)
         for idstr, block in stream.private.items():
             self._sent[idstr].sent = block.memory
         self._state = DeviceState.compose(
