@@ -16,8 +16,6 @@ from uringmig.archive.intake import TakenWindow
 from uringmig.contents.live import LiveContents, MemoryReader
 from uringmig.contents.source import Row, row_of, window_of
 from uringmig.errors import StateError
-from uringmig.memory.moving import MovingMemory
-from uringmig.memory.source import MemorySource
 
 
 class LiveIntake:
@@ -40,14 +38,8 @@ class LiveIntake:
         filled: frozenset[int] = frozenset(),
         copies: bool = False,
     ) -> None:
-        self._reader = MemoryReader(
-            [
-                MovingMemory(memory)
-                if isinstance(memory, MemorySource) and (copies or number in filled)
-                else memory
-                for number, memory in enumerate(contents.memories)
-            ]
-        )
+        every = range(len(contents.memories))
+        self._reader = MemoryReader(contents.memories, copied=every if copies else filled)
         self._windows = deque(window_of(contents.blocks, row) for row in rows)
         self._filled = filled
 

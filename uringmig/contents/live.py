@@ -6,7 +6,7 @@ copied in two passes: everything while it runs, then what has changed, while it 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol, runtime_checkable
 
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uringmig.contents.source import Contents, WindowRead, row_of
+from uringmig.memory.moving import MovingMemory
 from uringmig.memory.source import CopiedMemory, Extents, MemorySource
 from uringmig.transfer.plan import Window
 
@@ -54,12 +55,17 @@ class MemoryReader:
 
     Args:
         memories: of each block.
+        copied: numbers of the blocks that are only looked at in copies, mapped or not.
     """
 
-    def __init__(self, memories: Sequence[Memory]) -> None:
+    def __init__(self, memories: Sequence[Memory], *, copied: Collection[int] = ()) -> None:
         # Asked once: what a protocol has takes long to find out.
         self._mapped = [memory if isinstance(memory, MemorySource) else None for memory in memories]
         self._memories = list(memories)
+        for number in copied:
+            mapped, self._mapped[number] = self._mapped[number], None
+            if mapped is not None:
+                self._memories[number] = MovingMemory(mapped)
 
     def read(self, window: Window, buffer: NDArray[np.uint8]) -> WindowRead:
         """Look at one window: a view of where it lies, or a copy if it lies elsewhere.
