@@ -40,6 +40,12 @@ def test_buffer_of_two_mebibytes_and_more_is_of_huge_pages() -> None:
     assert "sh" not in flags_of(buffer.ctypes.data)  # shared memory has none
 
 
+def test_no_child_gets_a_buffer() -> None:
+    """A page that both have is copied at the next write, and a device may write to either."""
+    for length in (PAGE, 4 * MIB):
+        assert "dc" in flags_of(aligned_buffer(length).ctypes.data)  # MADV_DONTFORK
+
+
 def flags_of(address: int) -> list[str]:
     """Of the mapping that an address lies in, see proc(5), VmFlags."""
     inside = False

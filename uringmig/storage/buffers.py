@@ -36,6 +36,8 @@ def aligned_buffer(length_bytes: int) -> NDArray[np.uint8]:
             f"no buffer of {length_bytes} bytes to be had ({error.strerror}); "
             "fewer channels, a smaller depth or block size need less"
         ) from None
+    # A child that were forked while a device writes here could take the page from us.
+    mapping.madvise(mmap.MADV_DONTFORK)
     whole = np.frombuffer(mapping, np.uint8)
     start = 0
     if huge:
