@@ -10,7 +10,8 @@ import ctypes
 import mmap
 import os
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,25 +95,39 @@ class Restless:
 
 @contextmanager
 def restless(kind: str, page_count: int) -> Iterator[Restless]:
-    """Memory of this process, all hole: ``shared`` or ``private``."""
+    """Memory of this process.
+
+    Args:
+        kind: ``shared``, a memory file; ``private``; ``huge``, with MADV_HUGEPAGE; or ``over
+            file``, private over a file that holds other bytes, which show through holes.
+        page_count: of it; all holes.
+    """
     length = page_count * PAGE
-    if kind == "private":
-        with mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as mapping:
-            held = Restless(mapping, shared=False)
+    with ExitStack() as stack:
+        fd = -1
+        if kind in ("shared", "over file"):
+            fd = create_memfd("restless", length)
+            stack.callback(os.close, fd)
+        for page in range(0, page_count if kind == "over file" else 0, 3):
+            os.pwrite(fd, b"\t" * PAGE, page * PAGE)
+        flags = mmap.MAP_SHARED if kind == "shared" else mmap.MAP_PRIVATE
+        mapping = stack.enter_context(
+            mmap.mmap(fd, length, flags=flags | (mmap.MAP_ANONYMOUS if fd < 0 else 0))
+        )
+        if kind == "huge":
+            mapping.madvise(mmap.MADV_HUGEPAGE)
+        held = Restless(mapping, shared=kind == "shared")
+        if kind == "shared":
+            held.memory = stack.enter_context(closing(_File(held, fd)))
+        else:
+            file = FileMemory(fd) if fd >= 0 else None
             place = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
-            with closing(Pagemap(os.getpid())) as pagemap:
-                held.memory = _Remote(held, place, length, pagemap)
-                yield held
-        return
-    fd = create_memfd("restless", length)
-    try:
-        with mmap.mmap(fd, length) as mapping:
-            held = Restless(mapping, shared=True)
-            with closing(_File(held, fd)) as memory:
-                held.memory = memory
-                yield held
-    finally:
-        os.close(fd)
+            pagemap = stack.enter_context(closing(Pagemap(os.getpid())))
+            memory = _Remote(
+                held, os.getpid(), address=place, length=length, pagemap=pagemap, file=file
+            )
+            held.memory = stack.enter_context(closing(memory))
+        yield held
 
 
 class _File(FileMemory):
@@ -135,8 +150,8 @@ class _File(FileMemory):
 class _Remote(RemoteMemory):
     """Changes whenever it is looked at."""
 
-    def __init__(self, held: Restless, place: int, length: int, pagemap: Pagemap) -> None:
-        super().__init__(os.getpid(), address=place, length=length, pagemap=pagemap)
+    def __init__(self, held: Restless, pid: int, **arguments: Any) -> None:
+        super().__init__(pid, **arguments)
         self._held = held
 
     def data_extents(self, *, start: int, length: int) -> Extents:

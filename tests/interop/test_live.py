@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 from realguest import FILL_BYTES, GUEST_BYTES, StartMachine, assert_goes_on, shared_path
 from test_outside import BACKENDS, host_bytes, load_by_qemu, settings
 
+from uringmig.options import PAGE_SIZE, WriteOptions
 from uringmig.progress import Snapshot
 from uringmig.qemu.outside import save_outside
 from uringmig.testing.guestimage import GuestImage
@@ -60,3 +62,34 @@ def test_a_guest_that_goes_on_is_saved_and_restored(
         assert_goes_on(waiting)
     finally:
         file.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("name", ["-m alone", "memfd shared"])
+def test_a_guest_that_writes_all_the_time(
+    name: str, guest: GuestImage, start_machine: StartMachine, tmp_path: Path
+) -> None:
+    """What it wrote before the save it finds again after the restore, and so it does here.
+
+    Its writer makes sure of one file while it has written the other, so memory of two moments would
+    be found, by itself or by its kernel.
+    """
+    backend, _ = BACKENDS[name]
+    arguments = {"memory_bytes": GUEST_BYTES, "backend": backend, "guest": guest}
+    machine = start_machine(**arguments, fill_bytes=FILL_BYTES)
+    digest = machine.console.wait_until_ready()
+    while machine.console.busy() < 2:
+        time.sleep(0.1)
+    # Paced, so that it writes a few rounds meanwhile.
+    result = save_outside(machine.monitor, tmp_path / "vm.mig", options=WriteOptions(rate=24 * MiB))
+    assert result.passes == 2
+    written = result.image.written_bytes - result.image.pages_set * PAGE_SIZE
+    assert written > 4 * MiB, "it changed little; was it busy?"
+    assert verify(tmp_path / "vm.mig").mismatches == ()
+    count = machine.console.busy()
+    waiting = start_machine(**arguments, incoming=True)
+    load_by_qemu(waiting, tmp_path / "vm.mig")
+    for each in (waiting, machine):
+        while each.console.busy() < count + 3:
+            time.sleep(0.1)
+        assert each.console.digest() == digest
+        assert_goes_on(each)

@@ -84,13 +84,14 @@ def test_killed_at_random_moments(live: Machine, tmp_path: Path, who: str) -> No
             os.kill(guardian, signal.SIGKILL)
         if who != "guardian":
             child.kill()
-        child.communicate()
+        _, err = child.communicate()
         if who == "both":
             done = uringmig("repair", "--qmp", live.qmp_path)
             assert done.code == 0, done.err
             assert live.monitor.run_state() == "running"
         elif who == "guardian":
-            assert child.returncode == 0
+            # Killed before it was up: then no guest is stopped. Later it is not missed.
+            assert child.returncode == 0 or "guardian of the guest did not start" in err, err
         while live.monitor.run_state() != "running" or kept(live) != before:
             time.sleep(0.005)
         if out.exists():

@@ -75,12 +75,33 @@ digest
         echo "UM count=$n"
     done
 ) &
+# Writes two files in turn, and makes sure of the one when it has written the other.
+busy() {
+    n=0
+    sum=
+    while :; do
+        dd if=/dev/urandom of=/state/busy.$((n % 2)) bs=1M count=4 2>/dev/null
+        new=$(md5sum </state/busy.$((n % 2)))
+        if [ -n "$sum" ] && [ "$(md5sum </state/busy.$(((n + 1) % 2)))" != "$sum" ]; then
+            echo torn >/state/busy
+            break
+        fi
+        sum=$new
+        n=$((n + 1))
+        echo $n >/state/busy.new && mv /state/busy.new /state/busy
+    done
+}
+
 echo "UM ready"
 while read -r line; do
     case $line in
         digest*) digest ;;
         run*) eval "${line#run }"; echo "UM ran=$?" ;;
         count*) echo "UM count=$(cat /state/count)" ;;
+        busy*)
+            [ -e /state/busy ] || { echo 0 >/state/busy && busy & }
+            echo "UM busy=$(cat /state/busy)"
+            ;;
         off*) poweroff -f ;;
     esac
 done

@@ -251,6 +251,19 @@ class Console:
         self.send(f"run {command}")
         return int(self.wait_for(r"^UM ran=(\d+)$")[1])
 
+    def busy(self) -> int:
+        """Ask the guest how far its writer is; the first time that starts it.
+
+        Raises:
+            PeerError: memory that it had written was another by the next round.
+        """
+        self._pass_over()
+        self.send("busy")
+        found = self.wait_for(r"^UM busy=(\w*)$")[1]
+        if not found.isdigit():
+            raise PeerError(f"the guest's writer says {found!r}")
+        return int(found)
+
     def _pass_over(self) -> None:
         """Drop the lines that came before a question."""
         self._lines.clear()
