@@ -98,6 +98,15 @@ def test_the_lower_rate_counts_and_zero_is_none(own: int, devices: int, together
     assert job.options(rate=devices).rate == together
 
 
+def test_disks_are_for_running_vms() -> None:
+    """What the defaults say of them leaves the jobs of images alone; folders are as other paths."""
+    text = ONE.replace("[[jobs]]", "disks = { external = 'over' }\n[[jobs]]")
+    text += "source = { qmp = 'x' }\n[[jobs]]\nname = 'b'\nsource = { image = 'x' }\n"
+    text += "[[jobs]]\nname = 'c'\nsource = { qmp = 'x' }\ndisks = 'internal'"
+    found = [one.disks for one in parse(text).jobs]
+    assert found == ["external=/etc/uringmig/over", "none", "internal"]
+
+
 def test_names_of_entries() -> None:
     live, _, memory = parse(WHOLE).jobs
     assert entry_name(live, host="here", time="T") == "web1-T"
@@ -136,6 +145,20 @@ def test_names_of_entries() -> None:
         (
             ONE + "source = { qmp = 'x' }\ntier = 'cold'\ndedup = true",
             "jobs[0].dedup", 'only tier "hot" shares pages',
+        ),
+        (
+            ONE + "source = { qmp = 'x' }\ndisks = 'external'",
+            "jobs[0].disks", "expected 'none', 'internal' or { external = 'DIR' }",
+        ),
+        (ONE + "source = { qmp = 'x' }\ndisks = { internal = 'x' }", "jobs[0].disks", "expected"),
+        (ONE + "source = { qmp = 'x' }\ndisks = {}", "jobs[0].disks", "expected"),
+        (
+            ONE + "source = { qmp = 'x' }\ndisks = { external = '~/x' }",
+            "jobs[0].disks.external", "expected a path",
+        ),
+        (
+            ONE + "source = { image = 'x' }\ndisks = 'internal'",
+            "jobs[0].disks", "only a running VM",
         ),
         (ONE + "source = { qmp = 'x' }\nengine = 'aio'", "jobs[0].engine", "expected one of"),
         (

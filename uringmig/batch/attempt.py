@@ -39,11 +39,14 @@ from uringmig.contents.opening import look_at, open_contents
 from uringmig.contents.plainfile import PlainFileContents
 from uringmig.contents.plainlook import PlainLook
 from uringmig.contents.source import Contents, all_rows
-from uringmig.errors import BytesError, StateError
+from uringmig.errors import BytesError, PeerError, StateError
 from uringmig.options import PAGE_SIZE, ReadOptions
 from uringmig.progress import ProgressCallback, Snapshot
+from uringmig.qemu.disks import DiskMoment
+from uringmig.qemu.diskway import DisksWay
 from uringmig.qemu.guestcontents import open_guest
 from uringmig.qemu.monitor import Monitor
+from uringmig.qemu.vmcontents import VmContents
 from uringmig.qemu.vmsave import state_to_save
 from uringmig.signals import Interrupted, after_commit, look
 from uringmig.units import MiB, div_ceil
@@ -151,10 +154,32 @@ def archive(order: Attempt, tell: ProgressCallback) -> Archived:
             if isinstance(contents, PlainFileContents):
                 _check_room(order, contents)
             return _archived(order, contents, _write(order, contents, tell), tell)
-    with Monitor(source.qmp) as monitor:
+    way = DisksWay.parse(order.job.disks)
+    with Monitor(source.qmp) as monitor, DiskMoment(monitor, way, order.image) as disks:
         _, healed = state_to_save(monitor)
-        with open_guest(monitor, notes=healed) as guest:
+        with open_guest(monitor, disks=disks, notes=healed) as guest:
             written = _write(order, guest, tell)
+            guest.notes += disks.notes(goes_on=_runs(guest))
+        if disks.are_kept:
+            # Only then: they go with an entry that differs when it is read back.
+            archived = _archived_guest(order, guest, written, tell)
+            disks.keep()
+            return archived
+    return _archived_guest(order, guest, written, tell)
+
+
+def _runs(guest: VmContents) -> bool:
+    """Whether the guest goes on, for a note: a QEMU that has ended takes nothing back any more."""
+    try:
+        return guest.runs()
+    except PeerError:
+        return False
+
+
+def _archived_guest(
+    order: Attempt, guest: VmContents, written: TierResult, tell: ProgressCallback
+) -> Archived:
+    """As `_archived`, of a running VM."""
     return _archived(
         order,
         guest,

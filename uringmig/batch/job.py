@@ -32,6 +32,7 @@ _FIELD: Final = re.compile(r"\{([^{}]*)\}|[{}]")
 _PATH: Final = re.compile(r"(?!~|\$[A-Za-z_{(])[^\0]+")
 _PLACE: Final = re.compile(r"(.*?)(?: - at `(?:key in )?\$\.?(.*?)(?: in `[^`]*`)?`)?")
 _DEFAULT_OPTIONS: Final = WriteOptions()
+NO_DISKS: Final = "none"
 #: Settings that a profile may replace where a job file does not give them.
 _TUNABLE: Final = ("channels", "depth", "block_size", "engine", "direct")
 
@@ -82,6 +83,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         timeout_s: a try that takes longer is given up; 0 is no limit.
         rate: bytes per second; 0 is no limit.
         verify: read the new entry back from the disk and compare.
+        disks: how those of a running VM are kept, as `save` is told it.
         given: which of the settings from ``channels`` on the job file gives; the others are
             defaults, which a profile of the archive's place may replace.
     """
@@ -99,6 +101,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     timeout_s: float
     rate: int
     verify: bool
+    disks: str = NO_DISKS
     channels: int
     depth: int
     block_size: int
@@ -154,6 +157,7 @@ class _Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     timeout: str | None = None
     rate: str | int | None = None
     verify: bool | None = None
+    disks: str | dict[str, str] | None = None
     channels: int | None = None
     depth: int | None = None
     block_size: str | int | None = None
@@ -275,6 +279,7 @@ class _Parser:
             timeout_s=self._duration(self._given(table, "timeout", "0"), f"{place}.timeout"),
             rate=self._size(self._given(table, "rate", 0), f"{place}.rate"),
             verify=self._given(table, "verify", False),
+            disks=self._disks(table, f"{place}.disks"),
             channels=self._given(table, "channels", _DEFAULT_OPTIONS.channels),
             depth=self._given(table, "depth", _DEFAULT_OPTIONS.depth),
             block_size=self._size(
@@ -310,6 +315,21 @@ class _Parser:
             if value is not None:
                 return value
         return otherwise
+
+    def _disks(self, table: _JobTable, place: str) -> str:
+        """How disks are kept; what the defaults say of them is for running VMs alone."""
+        if table.source.qmp is None:
+            if table.disks is not None:
+                raise self.refusal(place, "only a running VM (qmp) has disks", table.disks)
+            return NO_DISKS
+        match self._given(table, "disks", NO_DISKS):
+            case "none" | "internal" as word:
+                return str(word)
+            case {"external": str() as folder, **others} if not others:
+                return f"external={self._path_of(folder, f'{place}.external')}"
+            case found:
+                what = "expected 'none', 'internal' or { external = 'DIR' }"
+                raise self.refusal(place, what, found)
 
     def _source(self, table: _SourceTable, place: str) -> Source:
         """Tell the kind by its keys, and refuse keys of another kind."""

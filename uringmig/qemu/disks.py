@@ -45,6 +45,7 @@ class DiskMoment:
         out: final name of the image that they are kept for.
 
     Attributes:
+        way: as it was given.
         disks: those that the guest may write to, and how each is kept.
     """
 
@@ -55,7 +56,7 @@ class DiskMoment:
         out: str | os.PathLike[str] = "",
     ) -> None:
         self._monitor = monitor
-        self._way = way
+        self.way = way
         self._nodes: list[DiskNode] = []
         self._note: _Note | None = None
         self._keeping = Keeping(
@@ -84,8 +85,26 @@ class DiskMoment:
             else:
                 self._note.forget()
 
+    def look(self) -> None:
+        """Look at the disks, and refuse what cannot be kept; nothing is changed.
+
+        Raises:
+            BusyError: a block job is under way.
+            PeerError: a disk cannot be kept this way; names it.
+            FormatError: what QEMU says of its disks is not understood.
+        """
+        try:
+            self._nodes = writable_disks(self._monitor)
+        except (CommandError, FormatError):
+            if self.way.kind != "none":
+                raise
+            return  # it fails no save, and the manifest's facts have a note why
+        self.disks = [one.facts for one in self._nodes]
+        if self.way.kind != "none":
+            refuse_disks(self._monitor, self._at_risk(), self.way)
+
     def prepare(self) -> None:
-        """Look at the disks, refuse what cannot be kept, and make ready; the guest runs.
+        """Look at the disks, and make ready to keep them; the guest runs.
 
         Raises:
             BusyError: a block job is under way.
@@ -93,22 +112,19 @@ class DiskMoment:
             FormatError: what QEMU says of its disks is not understood.
             StorageError: the overlays cannot be made.
         """
-        try:
-            self._nodes = writable_disks(self._monitor)
-        except (CommandError, FormatError):
-            if self._way.kind != "none":
-                raise
-            return  # it fails no save, and the manifest's facts have a note why
-        self.disks = [one.facts for one in self._nodes]
-        at_risk = [one for one in self._nodes if one.at_risk]
-        if self._way.kind == "none" or not at_risk:
+        self.look()
+        at_risk = self._at_risk()
+        if self.way.kind == "none" or not at_risk:
             return
-        refuse_disks(self._monitor, at_risk, self._way)
-        self._keeping.disks.extend(_to_keep(at_risk, self._way, self._keeping.name))
+        self._keeping.disks.extend(_to_keep(at_risk, self.way, self._keeping.name))
         with signals.deferred():
             self._note = _Note(self._monitor, self._keeping)
-        if self._way.folder is not None:
-            _make_overlays(self._monitor, self._keeping, at_risk, self._way.folder)
+        if self.way.folder is not None:
+            _make_overlays(self._monitor, self._keeping, at_risk, self.way.folder)
+
+    def _at_risk(self) -> list[DiskNode]:
+        """The disks that the image alone does not hold."""
+        return [one for one in self._nodes if one.at_risk]
 
     def look_again(self) -> None:
         """Before a guest that has run on since `prepare` is stopped: its disks are to be the same.
@@ -172,6 +188,11 @@ class DiskMoment:
             # But for what QEMU itself copies into it as it is read (-drive copy-on-read=on).
             files = [replace(files[0], size=None, modified_ns=None), *files[1:]]
         return replace(before, kept="external", overlay=disk.overlay, files=files)
+
+    @property
+    def are_kept(self) -> bool:
+        """Whether anything of them is kept that would be undone."""
+        return self._note is not None
 
     def keep(self) -> None:
         """The image has its name: what was kept of the disks belongs to it now."""

@@ -14,6 +14,7 @@ from typing import Final
 
 from uringmig import signals
 from uringmig.errors import BusyError, HostError, PeerError, StorageError
+from uringmig.qemu.disks import DiskMoment
 from uringmig.qemu.guardian import standing_still
 from uringmig.qemu.guestfacts import describe_guest
 from uringmig.qemu.guestmemory import GuestMemory, guest_memory, why_unreadable
@@ -35,11 +36,14 @@ class GuestContents(VmContents):
         monitor: of the VM.
         memory: of the VM.
         notes: what the operator should know.
+        disks: of its guest, looked at.
     """
 
-    def __init__(self, monitor: Monitor, memory: GuestMemory, notes: Sequence[str]) -> None:
+    def __init__(
+        self, monitor: Monitor, memory: GuestMemory, notes: Sequence[str], disks: DiskMoment
+    ) -> None:
         memories = [memory.memory_of(block.idstr) for block in memory.blocks]
-        super().__init__(monitor, memory.blocks, memories, notes)
+        super().__init__(monitor, memory.blocks, memories, notes, disks)
         self._memory = memory
 
     @contextmanager
@@ -48,18 +52,21 @@ class GuestContents(VmContents):
 
         Raises:
             BusyError: another save of this guest is under way, or its RAM has changed.
-            PeerError: QEMU refuses, went away, or another client let the guest go on.
+            PeerError: QEMU refuses, went away, or another client let the guest go on; a disk cannot
+                be kept any more.
             HostError: this host cannot start the guardian of a guest that is stopped.
             FormatError: QEMU's device state is not as expected.
         """
         healed = self._wait_until_free()
         # Asked for the state of a device that has come since, and cannot be saved, QEMU dies.
         refuse_what_is_more(self._monitor)
+        self._disks.prepare()
         with standing_still(self._monitor) as still:
             still.stop()
             moment = Moment(self._monitor, self._memory, still)
             yield
-            self._facts, notes = describe_guest(self._monitor)
+            self._disks.take()
+            facts, notes = describe_guest(self._monitor)
             moment.check()
             self._state = moment.state
             self.notes += (*healed, *notes)
@@ -69,6 +76,7 @@ class GuestContents(VmContents):
                 self.warnings.append(f"the guest was not let go on: {error}")
             if still.live:
                 self.stopped_seconds = time.monotonic() - still.stopped_at
+        self._facts = self._disks.describe(facts)
 
     def _wait_until_free(self) -> tuple[str, ...]:
         """Wait for another save, begun since this was opened: it may have stopped the guest.
@@ -91,26 +99,35 @@ class GuestContents(VmContents):
 
 
 @contextmanager
-def open_guest(monitor: Monitor, *, notes: Sequence[str] = ()) -> Iterator[VmContents]:
+def open_guest(
+    monitor: Monitor, *, disks: DiskMoment | None = None, notes: Sequence[str] = ()
+) -> Iterator[VmContents]:
     """Open a VM of this host for being archived; nothing of it is changed before it has to be.
 
     Args:
         monitor: of the VM.
+        disks: of its guest, for whoever decides whether they stay kept; None: they are not kept.
         notes: what the operator should know of it already.
 
     Raises:
-        PeerError: the VM has something that cannot be saved, or its memory cannot be reached.
+        PeerError: the VM has something that cannot be saved, or its memory cannot be reached; or
+            a disk cannot be kept.
         HostError: no right to read QEMU's process.
     """
+    disks = disks or DiskMoment(monitor)
     reason = why_unreadable(monitor)
     if reason is not None:
-        with held_guest(monitor, why=reason, notes=notes) as held:
+        if disks.way.kind != "none":
+            raise reason
+        disks.look()
+        with held_guest(monitor, disks, why=reason, notes=notes) as held:
             yield held
         return
     refuse_what_is_more(monitor)
+    disks.look()
     with guest_memory(monitor) as memory:
         try:
-            yield GuestContents(monitor, memory, notes)
+            yield GuestContents(monitor, memory, notes, disks)
         except (HostError, PeerError, StorageError):
             if _has_changed(monitor, memory):  # some of it was unplugged, perhaps
                 raise BusyError(RAM_CHANGED) from None

@@ -20,6 +20,7 @@ from uringmig.contents.live import Memory
 from uringmig.errors import BusyError, HostError, PeerError
 from uringmig.format.device_state import DeviceState
 from uringmig.memory.source import Extents, MemorySource, check_range
+from uringmig.qemu.disks import DiskMoment
 from uringmig.qemu.guardian import LIVE
 from uringmig.qemu.guestfacts import describe_guest
 from uringmig.qemu.moment import RAM_CHANGED
@@ -74,13 +75,18 @@ class HeldContents(VmContents):
         monitor: of the VM.
         shared: its blocks that are mapped, by idstr.
         notes: what the operator should know.
+        disks: of its guest, looked at.
 
     Raises:
         PeerError: QEMU would have to send more than is taken.
     """
 
     def __init__(
-        self, monitor: Monitor, shared: Mapping[str, MemorySource], notes: Sequence[str]
+        self,
+        monitor: Monitor,
+        shared: Mapping[str, MemorySource],
+        notes: Sequence[str],
+        disks: DiskMoment,
     ) -> None:
         blocks = monitor.ram_blocks()
         sizes = {each.idstr: each.used_length for each in blocks if each.idstr not in shared}
@@ -88,7 +94,7 @@ class HeldContents(VmContents):
         self._shared = dict(shared)
         self._sent = {idstr: _SentMemory(size) for idstr, size in sizes.items()}
         by_name: dict[str, Memory] = {**self._shared, **self._sent}
-        super().__init__(monitor, blocks, [by_name[each.idstr] for each in blocks], notes)
+        super().__init__(monitor, blocks, [by_name[each.idstr] for each in blocks], notes, disks)
 
     @contextmanager
     def standstill(self) -> Iterator[None]:
@@ -135,12 +141,13 @@ class HeldContents(VmContents):
 
 @contextmanager
 def held_guest(
-    monitor: Monitor, *, why: HostError | PeerError, notes: Sequence[str] = ()
+    monitor: Monitor, disks: DiskMoment, *, why: HostError | PeerError, notes: Sequence[str] = ()
 ) -> Iterator[HeldContents]:
     """Open a VM's shared memory by the paths that QEMU names.
 
     Args:
         monitor: of the VM.
+        disks: of its guest, looked at; they are not kept.
         why: its process is not read; told in a note.
         notes: what else the operator should know.
 
@@ -153,7 +160,7 @@ def held_guest(
         try:
             memories = stack.enter_context(mapped_memories(monitor, unproved))
             note = f"archived by a migration that leaves shared RAM out: {why}"
-            held = HeldContents(monitor, memories, [*notes, note, *unproved])
+            held = HeldContents(monitor, memories, [*notes, note, *unproved], disks)
         except PeerError as error:
             if error.may_pass:
                 raise

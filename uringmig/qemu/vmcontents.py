@@ -14,6 +14,7 @@ from uringmig.errors import StateError
 from uringmig.format.device_state import DeviceState
 from uringmig.image.guestfacts import GuestFacts
 from uringmig.options import WINDOW_BYTES
+from uringmig.qemu.disks import DiskMoment
 from uringmig.qemu.guardian import LIVE
 from uringmig.qemu.moment import RAM_SECTION_ID, configuration_of
 from uringmig.qemu.monitor import HostBlock, Monitor
@@ -28,6 +29,7 @@ class VmContents:
         blocks: of its RAM.
         memories: of each of them.
         notes: what the operator should know.
+        disks: of its guest, looked at.
 
     Attributes:
         stopped_seconds: how long its guest stood still for it; 0.0 if it did not run before.
@@ -43,6 +45,7 @@ class VmContents:
         blocks: Sequence[HostBlock],
         memories: Sequence[Memory],
         notes: Sequence[str],
+        disks: DiskMoment,
     ) -> None:
         self.path = monitor.path
         self.configuration = configuration_of(monitor)
@@ -52,6 +55,7 @@ class VmContents:
         self.warnings: list[str] = []
         self.stopped_seconds = 0.0
         self._monitor = monitor
+        self._disks = disks
         self._state: DeviceState | None = None
         self._facts: GuestFacts | None = None
         # Memory may change at any time, so no two openings are known to be the same.
