@@ -48,13 +48,14 @@ def open_backing(monitor: Monitor, backend: RamBackend, *, private_too: bool = F
         raise PeerError(f"{what} is a {backend.kind}, not a named file (memory-backend-file)")
     if not (backend.share or private_too):
         raise PeerError(f"{what} is not shared (share=on)")
-    path = _seen_from_here(Path(backend.path), monitor.peer_pid)
+    path, theirs = _seen_from_here(Path(backend.path), monitor.peer_pid)
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except IsADirectoryError:
         raise PeerError(f"{what}: {path} is a folder; QEMU made a nameless file in it") from None
     except FileNotFoundError:
-        raise PeerError(f"{what}: its file {path} has been removed") from None
+        gone = "has been removed" if theirs else "is not there: removed, or only QEMU sees it"
+        raise PeerError(f"{what}: its file {backend.path} {gone}") from None
     except OSError as error:
         why = f"{what}: its file {path} cannot be opened: {error.strerror}"
         raise explained(error) or PeerError(why) from None
@@ -65,9 +66,20 @@ def open_backing(monitor: Monitor, backend: RamBackend, *, private_too: bool = F
         raise
 
 
-def _seen_from_here(path: Path, pid: int) -> Path:
-    """QEMU resolves a relative path in its own working folder, which may not be ours."""
-    return path if path.is_absolute() else Path(f"/proc/{pid}/cwd") / path
+def _seen_from_here(path: Path, pid: int) -> tuple[Path, bool]:
+    """What QEMU means by a path: its folders and mounts may be others than ours.
+
+    Returns:
+        The path from here, and whether it is QEMU's: where we may not look, it is taken for ours.
+    """
+    if not path.is_absolute():
+        return Path(f"/proc/{pid}/cwd") / path, True
+    root = Path(f"/proc/{pid}/root")
+    try:
+        root.stat()
+    except OSError:
+        return path, False
+    return root / path.relative_to("/"), True
 
 
 def _check_file(monitor: Monitor, backend: RamBackend, fd: int, path: Path) -> str | None:

@@ -20,7 +20,7 @@ from typing import Final
 
 from uringmig import signals
 from uringmig.contents.devicestream import DeviceStream
-from uringmig.errors import PeerError
+from uringmig.errors import BusyError, PeerError
 from uringmig.format.constants import CAPABILITY_IGNORE_SHARED, CAPABILITY_MAPPED_RAM
 from uringmig.format.devicesections import is_asleep
 from uringmig.memory.mapping import FileMemory
@@ -175,8 +175,24 @@ def migrating(monitor: Monitor) -> Iterator[socket.socket]:
         except BaseException as error:
             reason = _take_back(monitor, ours)
             if isinstance(error, PeerError) and reason is not None:
-                raise PeerError(f"{error}; QEMU says: {reason}") from None
+                raise _failure(monitor, f"{error}; QEMU says: {reason}") from None
             raise
+
+
+def _failure(monitor: Monitor, text: str) -> PeerError:
+    """The error of a migration that QEMU gave up.
+
+    Mostly it could not give its disks away; what uses them explains that, and may pass.
+    """
+    users: list[str] = []
+    with contextlib.suppress(PeerError):
+        jobs = monitor.execute("query-block-jobs")
+        users += [f"a {job['type']} job ({job['device']})" for job in jobs]
+        exports = monitor.execute("query-block-exports")
+        users += [f"a {export['type']} export ({export['id']})" for export in exports]
+    if not users:
+        return PeerError(text)
+    return BusyError(f"QEMU's disks are in use by {', '.join(users)}: {text}")
 
 
 def _configure(monitor: Monitor) -> None:
