@@ -23,7 +23,7 @@ FLOORS: Final[tuple[tuple[str, ...], ...]] = (
     ("__main__",),
     ("cli",),
     ("",),
-    ("batch",),
+    ("batch", "export"),
     ("archive", "bench", "testing"),
     ("verify", "qemu"),
     ("contents",),
@@ -46,10 +46,13 @@ FLOOR: Final = ("errors", "units", "options")
 ARROWS: Final[dict[str, tuple[str, ...]]] = {
     "__main__": ("cli", "starting"),
     "cli": (
-        "archive", "batch", "bench", "format.constants", "image", "pages", "progress", "qemu",
-        "reader", "signals", "stdio", "storage", "verify", "version",
+        "archive", "batch", "bench", "export", "format.constants", "image", "pages", "progress",
+        "qemu", "reader", "signals", "stdio", "storage", "verify", "version",
     ),
-    "": ("format", "memory", "progress", "qemu", "reader", "result", "verify", "writer"),
+    "": ("export", "format", "memory", "progress", "qemu", "reader", "result", "verify", "writer"),
+    "export": (
+        "archive", "contents", "format", "image", "pages", "progress", "storage", "verify",
+    ),
     "batch": (
         "archive", "bench.depth", "bench.profile", "contents", "progress", "qemu", "signals",
         "starting", "storage", "verify",

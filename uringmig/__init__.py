@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         StorageError,
         UringmigError,
     )
+    from uringmig.export.difference import BlockDiff, DiffReport, diff_images
     from uringmig.format.device_state import DeviceState
     from uringmig.format.headers import Configuration
     from uringmig.memory.mapping import FileMemory
@@ -35,9 +36,11 @@ if TYPE_CHECKING:
     from uringmig.writer import MappedRamWriter, RamBlock
 
 __all__ = [
+    "BlockDiff",
     "BlockInfo",
     "Configuration",
     "DeviceState",
+    "DiffReport",
     "FileMemory",
     "FormatError",
     "HostError",
@@ -56,15 +59,18 @@ __all__ = [
     "VerifyReport",
     "VmSave",
     "WriteOptions",
+    "diff_images",
     "save_vm",
     "verify",
 ]
 
 #: Where each name is; the same as is imported above, which only type checkers read.
 _MODULE_OF: Final = {
+    "BlockDiff": "uringmig.export.difference",
     "BlockInfo": "uringmig.reader",
     "Configuration": "uringmig.format.headers",
     "DeviceState": "uringmig.format.device_state",
+    "DiffReport": "uringmig.export.difference",
     "FileMemory": "uringmig.memory.mapping",
     "FormatError": "uringmig.errors",
     "HostError": "uringmig.errors",
@@ -83,6 +89,7 @@ _MODULE_OF: Final = {
     "VerifyReport": "uringmig.verify",
     "VmSave": "uringmig.qemu.vmsave",
     "WriteOptions": "uringmig.options",
+    "diff_images": "uringmig.export.difference",
     "save_vm": "uringmig.qemu.saving",
     "verify": "uringmig.verify",
 }

@@ -71,23 +71,9 @@ class PlainComposer:
         section_id: int,
         device_state: DeviceState,
     ) -> None:
-        plain = replace(
-            configuration,
-            capabilities=tuple(
-                name for name in configuration.capabilities if name != c.CAPABILITY_MAPPED_RAM
-            ),
-        )
-        total = sum(used_length for _, used_length in blocks)
         self._blocks = tuple(blocks)
         self._footer = SectionFooter(section_id).pack()
-        self._start = b"".join(
-            (
-                pack_start(plain, section_id=section_id, total_bytes=total),
-                *(pack_lstr(idstr) + BE64.pack(length) for idstr, length in blocks),
-                BE64.pack(c.RAM_SAVE_FLAG_EOS),
-                self._footer,
-            )
-        )
+        self._start = _plain_start(configuration, blocks, section_id)
         self._early = _early_bytes(self._start, device_state.tail)
         self._tail = device_state.tail
         self._part = bytes([c.QEMU_VM_SECTION_PART]) + BE32.pack(section_id)
@@ -141,6 +127,45 @@ class PlainComposer:
     def trailer(self) -> bytes:
         """The stream from the end of the pages to its own end."""
         return BE64.pack(c.RAM_SAVE_FLAG_EOS) + self._footer + self._tail[self._early :]
+
+
+def read_sections(
+    configuration: Configuration,
+    blocks: Sequence[tuple[str, int]],
+    *,
+    section_id: int,
+    device_state: DeviceState,
+) -> tuple[FullSection, ...]:
+    """Read the sections of devices of a stream, in their order; arguments as `PlainComposer`.
+
+    Raises:
+        FormatError: the device state is not one that can follow such a START section.
+    """
+    start = _plain_start(configuration, blocks, section_id)
+    reader = MainStreamReader(file_size=len(start) + len(device_state.tail))
+    reader.feed(start + device_state.tail)
+    return tuple(event for event in reader.events() if isinstance(event, FullSection))
+
+
+def _plain_start(
+    configuration: Configuration, blocks: Sequence[tuple[str, int]], section_id: int
+) -> bytes:
+    """A plain stream from its first byte to the end of the list of blocks."""
+    plain = replace(
+        configuration,
+        capabilities=tuple(
+            name for name in configuration.capabilities if name != c.CAPABILITY_MAPPED_RAM
+        ),
+    )
+    total = sum(used_length for _, used_length in blocks)
+    return b"".join(
+        (
+            pack_start(plain, section_id=section_id, total_bytes=total),
+            *(pack_lstr(idstr) + BE64.pack(length) for idstr, length in blocks),
+            BE64.pack(c.RAM_SAVE_FLAG_EOS),
+            SectionFooter(section_id).pack(),
+        )
+    )
 
 
 def _early_bytes(start: bytes, tail: bytes) -> int:

@@ -1,0 +1,1 @@
+"""Guests' memory for other tools: images converted, and compared with each other."""
