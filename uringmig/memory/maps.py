@@ -21,6 +21,7 @@ class Mapping(Struct, frozen=True):
     Attributes:
         start: its first address.
         end: the address after its last.
+        writable: the process may write to it.
         shared: mapped shared; what is written to it is the file's.
         offset: where in the file it begins, in bytes.
         device: (major, minor) of the file; on btrfs and overlayfs not what stat(2) gives.
@@ -30,6 +31,7 @@ class Mapping(Struct, frozen=True):
 
     start: int
     end: int
+    writable: bool
     shared: bool
     offset: int
     device: tuple[int, int]
@@ -48,6 +50,7 @@ def mappings_of(pid: int) -> list[Mapping]:
         Mapping(
             start=int(match["start"], 16),
             end=int(match["end"], 16),
+            writable=match["mode"][1] == "w",
             shared=match["mode"][3] == "s",
             offset=int(match["offset"], 16),
             device=(int(match["major"], 16), int(match["minor"], 16)),

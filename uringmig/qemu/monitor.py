@@ -179,8 +179,14 @@ class Monitor:
         self._connection.send_descriptor(fd)
         self.execute("getfd", fdname=name)
 
-    def add_descriptor(self, fd: int, opaque: str) -> int:
+    def add_descriptor(self, fd: int, opaque: str, *, fdset: int | None = None) -> int:
         """Give QEMU a duplicate of ``fd``, to be opened as ``/dev/fdset/N``; QEMU keeps ``opaque``.
+
+        Args:
+            fd: stays the caller's.
+            opaque: any text.
+            fdset: N of a set that it is to be in, too; None makes a new one. Of a set QEMU takes
+                the descriptor whose access mode and O_DIRECT are those that it wants.
 
         Returns:
             N; the descriptor stays until `remove_descriptors`, also when we are gone.
@@ -189,7 +195,8 @@ class Monitor:
             PeerError: QEMU did not take it.
         """
         self._connection.send_descriptor(fd)
-        return int(self.execute("add-fd", opaque=opaque)["fdset-id"])
+        where = {} if fdset is None else {"fdset-id": fdset}
+        return int(self.execute("add-fd", opaque=opaque, **where)["fdset-id"])
 
     def descriptors(self) -> list[tuple[int, str, int]]:
         """The sets of descriptors that QEMU was given: N, opaque, and its number in QEMU's process.

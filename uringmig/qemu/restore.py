@@ -7,10 +7,11 @@ and compared with the waiting QEMU first, and refused while nothing has happened
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -29,8 +30,10 @@ from uringmig.pages import bitmap
 from uringmig.pages.zero import nonzero_pages
 from uringmig.qemu.backing import open_backing
 from uringmig.qemu.diskcheck import check_disks
+from uringmig.qemu.guardprocess import OURS
 from uringmig.qemu.monitor import HostBlock, Monitor, RamBackend
 from uringmig.qemu.qmp import CommandError
+from uringmig.qemu.waitingmemory import check_memory
 from uringmig.storage.directfile import open_direct
 from uringmig.storage.engine import Operation
 from uringmig.storage.mainfile import open_for_reading
@@ -39,8 +42,8 @@ from uringmig.units import MiB
 #: A load may take ten minutes, and its bytes at this rate besides; no disk is slower.
 _LOAD_BYTES_PER_S_LEAST: Final = MiB
 _LOAD_TIMEOUT_LEAST_S: Final = 600.0
-#: QEMU takes the first of these in a URI for the end of the path (file_parse_offset).
-_OFFSET_WORD: Final = ",offset="
+#: Opaque text of the descriptors of an image; QEMU drops them when nobody is connected to it.
+_IMAGE: Final = f"{OURS} the image that is loaded"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +88,7 @@ def load_into(
 
     Args:
         monitor: of a QEMU started with ``-incoming defer``.
-        path: the image; QEMU opens it by this path too.
+        path: the image; QEMU is given it opened, and need not be able to open it.
         offset: where the image begins in the file.
         channels: multifd channels; 0 loads without multifd.
         direct: whether QEMU is to read pages with O_DIRECT; that needs ``channels``.
@@ -99,7 +102,8 @@ def load_into(
         StorageError: the image cannot be read, or O_DIRECT is required and cannot be had.
         PeerError: QEMU does not wait for a load, refused, failed, or went away.
     """
-    where = _uri(path, offset)
+    if offset < 0:
+        raise StateError(f"offset must not be negative: {offset}")
     if direct == "required" and channels == 0:
         raise StateError("direct-io needs multifd channels: QEMU ignores it without them")
     check_waiting(monitor)
@@ -108,28 +112,27 @@ def load_into(
         check_machine(monitor, image.configuration.machine)
         check_blocks(image.blocks, monitor.ram_blocks())
         bitmaps = {block.idstr: read_bitmap(main, block) for block in image.blocks}
-        notes = _check_fresh(monitor, bitmaps)
+        notes = check_memory(monitor, [name for name, packed in bitmaps.items() if packed.any()])
+        notes += _check_fresh(monitor, bitmaps)
         guest, unused = guest_of_image(path, main, base=offset, blocks=image.blocks)
-    notes += [*unused, *check_disks(monitor, guest)]
-    use_direct = False
-    if channels:
-        use_direct, more = _choose_direct(monitor, path, direct)
+        notes += [*unused, *check_disks(monitor, guest)]
+        pages, more = _open_pages(monitor, path, direct) if channels else (None, [])
         notes += more
-    with monitor.saved_settings():
-        _set_up(monitor, channels=channels, direct=use_direct)
-        started = time.monotonic()
-        memory_bytes = sum(block.used_length for block in image.blocks)
-        # QEMU reads the file by itself now, and nothing makes it let go of a load by file.
-        signals.commit()
-        start_load(monitor, where)
-        wait_for_load(monitor, memory_bytes)
-        seconds = time.monotonic() - started
+        with _given(monitor, main.fd, pages) as name, monitor.saved_settings():
+            _set_up(monitor, channels=channels, direct=pages is not None)
+            started = time.monotonic()
+            memory_bytes = sum(block.used_length for block in image.blocks)
+            # QEMU reads the file by itself now, and nothing makes it let go of a load by file.
+            signals.commit()
+            start_load(monitor, f"file:{name}" + (f",offset={offset:#x}" if offset else ""))
+            wait_for_load(monitor, memory_bytes)
+            seconds = time.monotonic() - started
     return LoadResult(
         machine=image.configuration.machine,
         page_bytes=PAGE_SIZE * sum(bitmap.set_bit_count(packed) for packed in bitmaps.values()),
         memory_bytes=memory_bytes,
         channels=channels,
-        direct=use_direct,
+        direct=pages is not None,
         seconds=seconds,
         run_state=monitor.run_state(),
         notes=tuple(notes),
@@ -198,16 +201,30 @@ def stale_pages(memory: MemorySource, packed: NDArray[np.uint8]) -> tuple[int, i
     return count, first
 
 
-def _uri(path: str | os.PathLike[str], offset: int) -> str:
-    """QEMU's ``file:`` URI for an image.  QEMU: file_parse_offset, migration/file.c."""
-    absolute = os.path.abspath(path)  # noqa: PTH100 - links stay: QEMU shows this name in its errors
-    if _OFFSET_WORD in absolute:
-        raise StateError(f"QEMU cannot load from a path with {_OFFSET_WORD!r} in it: {absolute}")
-    if any("\ud800" <= character <= "\udfff" for character in absolute):
-        raise StateError(f"QEMU cannot be told a path that is not UTF-8: {absolute!a}")
-    if offset < 0:
-        raise StateError(f"offset must not be negative: {offset}")
-    return f"file:{absolute}" + (f"{_OFFSET_WORD}{offset:#x}" if offset else "")
+@contextmanager
+def _given(monitor: Monitor, main_fd: int, pages_fd: int | None) -> Iterator[str]:
+    """Give QEMU the image opened: plain, and with O_DIRECT; that one is closed here afterwards.
+
+    It may be another user, in a container, or have another root. QEMU, which tries a load only
+    once, would find out in that only try that it cannot open the file.
+
+    Yields:
+        The name by which QEMU opens it.
+    """
+    with ExitStack() as stack:
+        if pages_fd is not None:
+            stack.callback(os.close, pages_fd)
+        # Another open of the file: QEMU begins to read at the position that a descriptor has.
+        plain_fd = os.open(f"/proc/self/fd/{main_fd}", os.O_RDONLY | os.O_CLOEXEC)
+        stack.callback(os.close, plain_fd)
+        fdset = monitor.add_descriptor(plain_fd, _IMAGE)
+        try:
+            if pages_fd is not None:
+                monitor.add_descriptor(pages_fd, _IMAGE, fdset=fdset)
+            yield f"/dev/fdset/{fdset}"
+        finally:
+            with signals.deferred(), contextlib.suppress(PeerError):
+                monitor.remove_descriptors(fdset)
 
 
 def check_waiting(monitor: Monitor) -> None:
@@ -275,25 +292,27 @@ def _check_stale(backend: RamBackend, memory: FileMemory, packed: NDArray[np.uin
         )
 
 
-def _choose_direct(
+def _open_pages(
     monitor: Monitor, path: str | os.PathLike[str], mode: DirectMode
-) -> tuple[bool, list[str]]:
-    """Decide whether QEMU can read this file with O_DIRECT; it fails where it cannot.
+) -> tuple[int | None, list[str]]:
+    """Open an image with O_DIRECT if QEMU can read it so; None: it cannot, or is not to.
 
     Raises:
         StorageError: required, and the file system has no O_DIRECT.
         PeerError: required, and this QEMU has no direct-io (before 9.1).
     """
     if mode == "off":
-        return False, []
+        return None, []
     if "direct-io" not in monitor.parameters():
         reason = "this QEMU has no direct-io (it came with 9.1)"
         if mode == "required":
             raise PeerError(reason)
-        return False, [f"{reason}; loading through the page cache"]
+        return None, [f"{reason}; loading through the page cache"]
     file = open_direct(os.fspath(path), Operation.READ, mode)
+    if file.direct:
+        return file.fd, []
     os.close(file.fd)
-    return file.direct, [] if file.note is None else [file.note]
+    return None, [] if file.note is None else [file.note]
 
 
 def _set_up(monitor: Monitor, *, channels: int, direct: bool) -> None:

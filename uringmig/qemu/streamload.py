@@ -39,6 +39,7 @@ from uringmig.qemu.restore import (
     start_load,
     wait_for_load,
 )
+from uringmig.qemu.waitingmemory import check_memory
 from uringmig.units import div_ceil
 
 _DESCRIPTOR_NAME: Final = "uringmig"
@@ -110,6 +111,7 @@ def stream_into(
     check_blocks(contents.blocks, monitor.ram_blocks())
     guest = contents.guest()
     unseen = check_disks(monitor, guest)
+    notes = check_memory(monitor, [block.idstr for block in contents.blocks])
     memory_bytes = sum(block.used_length for block in contents.blocks)
     pieces = plain_pieces(
         contents,
@@ -132,7 +134,7 @@ def stream_into(
         digests_checked=0 if digests is None else sum(len(rows) for rows in digests),
         seconds=seconds,
         run_state=monitor.run_state(),
-        notes=contents.notes,
+        notes=(*contents.notes, *notes),
         disks=tuple((guest and guest.disks) or ()),
         unseen=unseen,
     )
