@@ -18,6 +18,7 @@ import pytest
 from batchjobs import (
     check_archive,
     children,
+    first_event,
     job,
     job_ends,
     kill,
@@ -29,6 +30,7 @@ from batchjobs import (
 from commandline import finish
 from realguest import shared_path
 
+from uringmig.qemu.guardian import standing_still
 from uringmig.qemu.guardprocess import GO_ON, NOTES
 from uringmig.testing.machine import Machine
 from uringmig.units import MiB
@@ -125,6 +127,39 @@ def test_worker_killed_while_the_guest_stands_still(
     assert ended.code == 0, ended.err
     assert job_ends(ended)["vm"]["attempts"] > 1
     wait_until_given_back(machine, before)
+    check_archive(tmp_path / "archive")
+
+
+@pytest.mark.parametrize("tier", ["hot", "cold"])
+def test_somebody_lets_the_guest_go_on(tier: str, machine: Machine, tmp_path: Path) -> None:
+    """What was read may be of two moments: no entry is made, and the guest stays theirs."""
+    path = jobs_of(machine, tmp_path, tier=tier, retries=0)
+    process, worker, guardian = caught_standing_still(machine, path)
+    machine.monitor.execute("cont")
+    for pid in (worker, guardian):
+        os.kill(pid, signal.SIGCONT)
+    ended = finish(process)
+    assert ended.code == 4
+    assert "another client let the guest go on" in job_ends(ended)["vm"]["error"]
+    assert not check_archive(tmp_path / "archive")
+    assert machine.monitor.run_state() == "running"
+
+
+def test_another_save_in_between(machine: Machine, tmp_path: Path) -> None:
+    """It may have stopped the guest: its standstill is waited for, and the copy is not lost."""
+    process = start_jobs(jobs_of(machine, tmp_path, rate="32M", retries=0))
+    first_event(process, "progress", job="vm", phase="write")
+    with standing_still(machine.monitor) as still:
+        still.stop()
+        # Much longer than the copy of some MiB takes.
+        while first_event(process, "progress", job="vm", phase="write")["share"] < 0.99:
+            assert machine.monitor.run_state() == "paused"
+        time.sleep(1)
+        still.go_on()
+    ended = finish(process)
+    assert ended.code == 0, ended.err
+    assert job_ends(ended)["vm"]["archived"]["stopped_seconds"] > 0
+    wait_until_given_back(machine, kept(machine))
     check_archive(tmp_path / "archive")
 
 

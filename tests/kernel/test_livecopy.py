@@ -239,6 +239,15 @@ def test_the_rate_holds_for_the_first_pass_only(guest: Running, tmp_path: Path, 
     check(tier, tmp_path, guest.now())
 
 
+def test_the_level_holds_while_the_guest_runs(guest: Running, tmp_path: Path) -> None:
+    """Compressed again while it stands still, everything takes a small part of the time."""
+    source = np.random.default_rng(8)
+    guest.at_last = lambda: guest.put(0, source.bytes(8 * MIB))
+    result = write_cold(guest, tmp_path / "a.cold", options=OPTIONS, level=19)
+    assert 0 < guest.stood_still < result.seconds / 4
+    check("cold", tmp_path, guest.now())
+
+
 @BOTH
 def test_a_long_copy_is_followed_by_a_round_while_the_guest_runs(
     guest: Running, tmp_path: Path, tier: str

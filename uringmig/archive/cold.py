@@ -66,6 +66,8 @@ from uringmig.units import align_up, div_ceil
 __all__ = ["ColdContents", "open_cold", "write_cold"]
 
 _WORDS_PER_PAGE: Final = PAGE_SIZE // 8
+#: While a guest waits, nothing is compressed harder: 9 takes ten times as long.
+_FAST_LEVEL: Final = 1
 
 
 def write_cold(
@@ -85,7 +87,7 @@ def write_cold(
     Args:
         contents: opened by the caller, and stays the caller's.
         out: the image's final name.
-        level: of zstd, 1 (fast) to 22 (small).
+        level: of zstd, 1 (fast) to 22 (small); 1 for what is compressed while a guest waits.
         workers: threads that compress; each also writes what it compressed.
         options: how to write; ``workers`` stands for its ``channels``.
         label: what the entry is called; None: after the file, made here.
@@ -217,7 +219,8 @@ class _ColdCopy:
         if isinstance(contents := self._contents, LiveContents):
             copy_live(contents, self._guest, frozenset(), self._go_over)
         else:
-            self._take_all(Intake(contents, self._rows, gap_bytes=self._options.bridge), self._rows)
+            intake = Intake(contents, self._rows, gap_bytes=self._options.bridge)
+            self._take_all(intake, self._rows, level=self._level)
         return self._finish(label)
 
     def _go_over(self, rows: Sequence[Row], *, again: bool, running: bool) -> None:
@@ -225,7 +228,9 @@ class _ColdCopy:
         contents = self._contents
         assert isinstance(contents, LiveContents), "there is one pass over a file"
         intake = LiveIntake(contents, rows, copies=running)
-        self._take_all(intake, rows, again=again, paced=running or not again)
+        waiting = again and not running  # a guest that ran stands still for it
+        level = _FAST_LEVEL if waiting else self._level
+        self._take_all(intake, rows, level=level, again=again, paced=not waiting)
         if running:
             self._free_places()
 
@@ -234,6 +239,7 @@ class _ColdCopy:
         intake: WindowIntake,
         rows: Sequence[Row],
         *,
+        level: int,
         again: bool = False,
         paced: bool = True,
     ) -> None:
@@ -245,7 +251,7 @@ class _ColdCopy:
                 intake,
                 self._guest,
                 self._places,
-                self._level,
+                level,
                 self._options,
                 self._copy,
                 counters,
