@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,7 +28,7 @@ export PYTHONHOME="$room/python" LD_LIBRARY_PATH="$room/python/lib"
 export PYTHONPATH="$room/program:$room/libraries" HOME="$room/home" PYTHONDONTWRITEBYTECODE=1
 shift 5
 cd /
-exec setpriv --reuid 65534 --regid 65534 --clear-groups -- \\
+exec setpriv --reuid 65534 --regid 65534 --clear-groups $CAPABILITIES -- \\
     "$room/python/bin/$name" -m uringmig "$@"
 """
 
@@ -50,12 +50,13 @@ def let_everybody_search(folder: Path) -> None:
             one.chmod(0o755)
 
 
-def as_nobody(folder: Path, *arguments: object) -> Ended:
+def as_nobody(folder: Path, *arguments: object, capabilities: Sequence[str] = ()) -> Ended:
     """Run the program to its end.
 
     Args:
         folder: a `shared_folder`.
         arguments: of the program.
+        capabilities: that it has nevertheless, for example ``sys_ptrace``.
     """
     room = folder / "as-nobody"
     for name in ("python", "program", "libraries", "home"):
@@ -67,6 +68,13 @@ def as_nobody(folder: Path, *arguments: object) -> Ended:
         ["unshare", "--mount", "sh", "-c", _SCRIPT, "sh",
          room, name, sys.base_prefix, program, libraries, *map(str, arguments)],
         capture_output=True, text=True, check=False,
+        env={**os.environ, "CAPABILITIES": _options_of(capabilities)},
     )  # fmt: skip
     assert "Traceback" not in done.stderr, done.stderr
     return Ended(done.returncode, done.stdout, done.stderr)
+
+
+def _options_of(capabilities: Sequence[str]) -> str:
+    """Of setpriv(1)."""
+    names = ",".join(f"+{name}" for name in capabilities)
+    return f"--inh-caps {names} --ambient-caps {names}" if names else ""

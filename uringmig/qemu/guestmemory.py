@@ -8,7 +8,6 @@ namespace, all are the very memory that QEMU has.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 from collections.abc import Iterator, Sequence
@@ -22,10 +21,10 @@ from uringmig.memory.maps import Mapping, mappings_of
 from uringmig.memory.pagemap import Pagemap
 from uringmig.memory.remote import RemoteMemory
 from uringmig.qemu.monitor import HostBlock, Monitor
+from uringmig.qemu.rights import who_may
 
 #: No right: what the kernel says, of /proc and of ptrace.
 _REFUSED: Final = frozenset({errno.EPERM, errno.EACCES})
-_YAMA: Final = "/proc/sys/kernel/yama/ptrace_scope"
 
 
 class GuestMemory:
@@ -53,11 +52,9 @@ class GuestMemory:
                     self.mapped[block.idstr] = memory
                 else:
                     self.copied[block.idstr] = memory
-                    memory.probe()
+                    _probe(pid, memory)
         except OSError as error:
             raise _refusal(pid, error) from None
-        except HostError as error:
-            raise HostError(f"{error}{_who(pid)}") from None
 
     def memory_of(self, idstr: str) -> FileMemory | RemoteMemory:
         """The memory of a block."""
@@ -94,6 +91,7 @@ def guest_memory(monitor: Monitor) -> Iterator[GuestMemory]:
             "QEMU's process cannot be seen from here: it is in another namespace or on another "
             "host, so its memory cannot be read from outside"
         )
+    _refuse_others(pid, monitor.vcpu_threads())
     blocks = monitor.ram_blocks()
     if any(block.host_address is None for block in blocks):
         major, minor, micro = monitor.qemu_version
@@ -103,6 +101,33 @@ def guest_memory(monitor: Monitor) -> Iterator[GuestMemory]:
         )
     with ExitStack() as stack:
         yield GuestMemory(pid, blocks, stack)
+
+
+def _refuse_others(pid: int, threads: Sequence[int]) -> None:
+    """Make sure that who answers is QEMU itself, whose addresses are those of its memory.
+
+    Args:
+        pid: of who answers.
+        threads: QEMU's, by the numbers that it knows them by itself.
+
+    Raises:
+        HostError: it is somebody who passes on.
+        PeerError: it has ended.
+    """
+    own = set()
+    try:
+        name = Path(f"/proc/{pid}/comm").read_text().strip()
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for line in (task / "status").read_text().splitlines():
+                if line.startswith(("Pid:", "NSpid:")):
+                    own.add(int(line.split()[-1]))  # the last is of its own namespace
+    except OSError as error:
+        raise _refusal(pid, error) from None
+    if not own.issuperset(threads):
+        raise HostError(
+            f"who answers, process {pid} ({name}), is not QEMU itself but passes on to one "
+            "elsewhere, whose memory cannot be read from outside; give QEMU's own socket"
+        )
 
 
 def why_unreadable(monitor: Monitor) -> HostError | PeerError | None:
@@ -183,11 +208,22 @@ def _open_block(
     return RemoteMemory(pid, address=address, length=length, pagemap=pagemap, file=file)
 
 
+def _probe(pid: int, memory: RemoteMemory) -> None:
+    """Try to read, and say who may if we may not."""
+    try:
+        memory.probe()
+    except LimitError:
+        raise
+    except HostError as error:
+        raise HostError(f"{error}{who_may(pid)}") from None
+
+
 def _open_file(pid: int, mapping: Mapping) -> int:
     """Open what a mapping maps, for reading.
 
     Raises:
         OSError: the kernel refused.
+        HostError: it has no descriptor of it, and we no right to go by the mapping itself.
     """
     path = f"/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}"
     try:
@@ -197,7 +233,10 @@ def _open_file(pid: int, mapping: Mapping) -> int:
         for entry in Path(f"/proc/{pid}/fd").iterdir():
             if _is_of(entry, mapping):
                 return os.open(entry, os.O_RDONLY | os.O_CLOEXEC)
-        raise
+    raise HostError(
+        f"no right to open what process {pid} has mapped, and closed itself; missing: "
+        "CAP_CHECKPOINT_RESTORE; run as root or with that (AmbientCapabilities=, setpriv)"
+    )
 
 
 def _is_of(entry: Path, mapping: Mapping) -> bool:
@@ -218,22 +257,7 @@ def _is_of(entry: Path, mapping: Mapping) -> bool:
 def _refusal(pid: int, error: OSError) -> HostError | PeerError:
     """Put a kernel error in our words."""
     if error.errno in _REFUSED:
-        return HostError(f"no right to read the memory of process {pid}{_who(pid)}")
+        return HostError(f"no right to read the memory of process {pid}{who_may(pid)}")
     if isinstance(known := explained(error), HostError):
         return known
     return PeerError(f"QEMU's process {pid} cannot be read: {error.strerror}; it has ended")
-
-
-def _who(pid: int) -> str:
-    """Who we are, who QEMU is, and what would help."""
-    try:
-        owner = f"user {Path(f'/proc/{pid}').stat().st_uid}"
-    except OSError:
-        owner = "gone"
-    scope = ""
-    with contextlib.suppress(OSError):  # most kernels have no Yama
-        scope = f" (Yama's ptrace_scope is {Path(_YAMA).read_text().strip()})"
-    return (
-        f": this is user {os.geteuid()}, QEMU is {owner}{scope}; "
-        "run as root, or with CAP_SYS_PTRACE as QEMU's user"
-    )

@@ -222,6 +222,10 @@ class Monitor:
         kind = str(self.execute("qom-get", path="/machine", property="type"))
         return kind.removesuffix("-machine")
 
+    def vcpu_threads(self) -> tuple[int, ...]:
+        """The threads of the guest's processors, by their numbers in QEMU's own namespace."""
+        return tuple(int(entry["thread-id"]) for entry in self.execute("query-cpus-fast"))
+
     def run_state(self) -> str:
         """QEMU's word for the guest's state: ``running``, ``paused``, ``inmigrate``, ..."""
         return str(self.execute("query-status")["status"])

@@ -50,6 +50,7 @@ class Machine:
         incoming: wait for ``migrate-incoming`` (``-incoming defer``).
         arguments: more of QEMU's own, at the end of the command line.
         pass_fds: descriptors that they name.
+        prefix: a command that QEMU is started by, for example ``setpriv`` or ``unshare``.
 
     Attributes:
         monitor: connected to it.
@@ -77,6 +78,7 @@ class Machine:
         incoming: bool = False,
         arguments: Sequence[str] = (),
         pass_fds: Sequence[int] = (),
+        prefix: Sequence[str] = (),
     ) -> None:
         program = find_qemu()
         if program is None:
@@ -100,6 +102,7 @@ class Machine:
                 )
                 boot = _boot(guest, words)
             command = [
+                *prefix,
                 program,
                 *_hardware(memory_bytes, shared, backend),
                 *boot,
