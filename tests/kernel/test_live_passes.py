@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,14 +26,26 @@ BUSY = [0, 1, 15, 16, 17, 63, 64, 700, 1023, 1024, 1025, 1040, PAGES - 1]
 changes = st.lists(
     st.tuples(st.sampled_from(BUSY), st.sampled_from([None, 0, 1, 2, 3])), max_size=4
 )
+#: What changes during one pass.
+walks = st.lists(changes, max_size=12)
 KINDS = ["shared", "private", "huge", "over file"]
 kinds = st.sampled_from(KINDS)
 
 
 def save(
-    held: Restless, out: Path, between: list[Change], *, dense: bool, manifest: bool
+    held: Restless,
+    out: Path,
+    between: list[Change],
+    *,
+    dense: bool,
+    manifest: bool,
+    more: Sequence[list[list[Change]]] = (),
 ) -> tuple[bytes, bytes]:
-    """Save in two passes; the memory as it stood still, and as the image has it."""
+    """Save in two passes, or ``more`` while it changes.
+
+    Returns:
+        The memory as it stood still, and as the image has it.
+    """
     options = WriteOptions(channels=1, depth=1, block_size=256 * 1024, manifest=manifest)
     with MappedRamWriter(
         out,
@@ -42,6 +55,9 @@ def save(
         live=True,
     ) as writer:
         writer.write_all()
+        for steps in more:
+            held.steps = steps
+            writer.write_changed(moving=True)
         held.steps.clear()
         for change in between:
             held.change(*change)
@@ -52,11 +68,12 @@ def save(
 
 
 @settings(deadline=None)
-@given(kinds, changes, st.lists(changes, max_size=12), changes, st.booleans(), st.booleans())
+@given(kinds, changes, walks, st.lists(walks, max_size=2), changes, st.booleans(), st.booleans())
 def test_the_image_is_of_the_moment_when_memory_stood_still(
     kind: str,
     before: list[Change],
     steps: list[list[Change]],
+    more: list[list[list[Change]]],
     between: list[Change],
     dense: bool,
     manifest: bool,
@@ -67,7 +84,7 @@ def test_the_image_is_of_the_moment_when_memory_stood_still(
             held.change(*change)
         held.steps = steps
         out = Path(folder) / "vm"
-        expected, found = save(held, out, between, dense=dense, manifest=manifest)
+        expected, found = save(held, out, between, dense=dense, manifest=manifest, more=more)
         assert found == expected
         if manifest:
             assert verify(out).mismatches == ()
@@ -137,6 +154,10 @@ def test_no_rate_holds_up_the_second_pass(tmp_path: Path, monkeypatch: pytest.Mo
         assert set(asked) == {5 * MiB}
         asked.clear()
         memory[:] = 2
+        writer.write_changed(moving=True)
+        assert set(asked) == {5 * MiB}
+        asked.clear()
+        memory[:] = 3
         writer.write_changed()
         assert set(asked) == {0}
 

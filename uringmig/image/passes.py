@@ -58,14 +58,14 @@ class Passes:
             self._pacer,
         )
 
-    def catch_up(self) -> Round:
-        """Write what is not as it was written, at no set rate: a guest stands still for it."""
+    def catch_up(self, *, paced: bool) -> Round:
+        """Write what is not as it was written; not ``paced`` if a guest stands still for it."""
         counts = [block.layout.page_count for block in self._blocks]
         windows = windows_of(counts, window_pages=WINDOW_BYTES // PAGE_SIZE)
         return self._run(
             skip_lasting_holes(self._blocks, windows, self._counters[0]),
             lambda counters, views: CatchUpWork(self._blocks, self._options, counters, views),
-            Pacer(0),
+            self._pacer if paced else Pacer(0),
         )
 
     def _run(

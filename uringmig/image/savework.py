@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uringmig.errors import StateError
-from uringmig.format.layout import BlockLayout
+from uringmig.format.layout import BlockLayout, ImageLayout
 from uringmig.image import digest, pieces
 from uringmig.image.window import Rewritten, settle_window
 from uringmig.image.windowview import Holes, WindowView, WindowViews
@@ -92,6 +92,31 @@ class SavedBlock:
         """The digests of the pieces of the window that begins at ``start``; a view."""
         first = start // digest.PIECE_BYTES
         return self.pieces[first : first + pieces.ROW_PIECES]
+
+
+def lay_out(
+    blocks: Sequence[tuple[str, MemorySource | CopiedMemory, bool | None]],
+    dense_up_to: int,
+    plan: Callable[[list[tuple[str, int]]], ImageLayout],
+) -> tuple[list[SavedBlock], ImageLayout]:
+    """Place blocks in an image.
+
+    Args:
+        blocks: idstr, memory, and whether it is dense; None decides by its size.
+        dense_up_to: so many bytes at most are written whole.
+        plan: given idstr and length of each, says where they lie.
+
+    Raises:
+        StateError: there is none.
+    """
+    if not blocks:
+        raise StateError("an image needs at least one ramblock")
+    layout = plan([(idstr, memory.length_bytes) for idstr, memory, _ in blocks])
+    saved = [
+        SavedBlock(place, memory, place.used_length <= dense_up_to if dense is None else dense)
+        for (_, memory, dense), place in zip(blocks, layout.blocks, strict=True)
+    ]
+    return saved, layout
 
 
 class SaveWork:

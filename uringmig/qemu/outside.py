@@ -8,6 +8,8 @@ changed since.
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -36,6 +38,8 @@ from uringmig.qemu.vmsave import DONE_BUT, Then, VmSave, check_state, state_to_s
 from uringmig.result import SaveResult
 from uringmig.writer import MappedRamWriter, RamBlock
 
+#: After a pass that took longer than this, a guest that runs is likely to have changed much.
+_LONG_SECONDS: Final = 2.0
 _PACED: Final = "written while the guest ran, as with --live: --rate is not to hold it up"
 _STOPPED: Final = "the guest did not run any more when it was to be stopped: it is left so"
 
@@ -99,7 +103,7 @@ def save_outside(
     return VmSave(
         image=replace(image, notes=(*image.notes, *told)),
         how="outside",
-        passes=2 if live else 1,
+        passes=save.passes,
         blocks_mapped=tuple(memory.mapped),
         blocks_copied=tuple(memory.copied),
         stopped_seconds=save.stopped_seconds,
@@ -115,6 +119,7 @@ class _Save:
     """A guest on its way into an image.
 
     Attributes:
+        passes: how often its memory is gone over.
         amiss: what went wrong although the image is whole, one line each.
         stopped_seconds: how long the guest stood still for it; 0.0 if it did not run.
     """
@@ -125,14 +130,15 @@ class _Save:
     still: Standstill
     writer: MappedRamWriter
     live: bool = field(kw_only=True)
+    passes: int = field(default=1, init=False)
     amiss: list[str] = field(default_factory=list, init=False)
     stopped_seconds: float = field(default=0.0, init=False)
 
     def write_in_motion(self) -> None:
-        """The first pass of a live save: write everything while the guest runs."""
+        """The first pass of a live save, or the first few: all is written while the guest runs."""
         self.still.announce()
         try:
-            self.writer.write_all()
+            self._write_while_it_pays()
         except (HostError, PeerError):
             if not self.memory.is_still(self.monitor.ram_blocks()):  # some of it was unplugged
                 raise BusyError(RAM_CHANGED) from None
@@ -141,6 +147,24 @@ class _Save:
         check_state(self.monitor)
         refuse_what_is_more(self.monitor)
         self.disks.look_again()
+
+    def _write_while_it_pays(self) -> None:
+        """Write everything; and, after a pass that took long, what has changed since.
+
+        Better now than when the guest stands still; as long as there is less to do each time.
+        """
+        written, left = 0, math.inf
+        for first in itertools.chain([True], itertools.repeat(False)):
+            began = time.monotonic()
+            if first:
+                self.writer.write_all()
+            else:
+                self.writer.write_changed(moving=True)
+            self.passes += 1
+            written, before = self.writer.written_bytes, written
+            if time.monotonic() - began <= _LONG_SECONDS or written - before > left / 2:
+                return
+            left = written - before
 
     def write(self, *, facts: bool, go_on: bool) -> SaveResult:
         """Write all that belongs to one moment, have the guest go on, and make the image durable.

@@ -36,7 +36,8 @@ class VmSave:
     Attributes:
         image: the published image.
         how: the way that was taken.
-        passes: 2 if everything was written while the guest ran, and then again what had changed.
+        passes: how often its memory was gone over. More than one: everything was written while the
+            guest ran, and what it had changed once more, at last while it stood still.
         blocks_mapped: idstrs of the blocks written from shared memory.
         blocks_copied: idstrs of those that were read from QEMU's process, or came by its stream.
         stopped_seconds: how long the guest stood still for it; 0.0 if it did not run before.
