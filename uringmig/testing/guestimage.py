@@ -99,7 +99,7 @@ while read -r line; do
         run*) eval "${line#run }"; echo "UM ran=$?" ;;
         count*) echo "UM count=$(cat /state/count)" ;;
         busy*)
-            [ -e /state/busy ] || { echo 0 >/state/busy && busy & }
+            [ -e /state/busy ] || { echo 0 >/state/busy; busy & }
             echo "UM busy=$(cat /state/busy)"
             ;;
         off*) poweroff -f ;;
