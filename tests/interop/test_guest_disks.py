@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -113,3 +116,67 @@ def test_disks_that_go_on_are_told(
         for then in ("leave", "quit"):
             done = uringmig("save", "--qmp", machine.qmp_path, tmp_path / "b.mig", "--then", then)
             assert (done.code, done.err) == (0, "")
+
+
+def command(page: str, first: str) -> str:
+    """The page's one command that begins so."""
+    line: str
+    [line] = re.findall(rf"^```sh\n({re.escape(first)}.*)\n```$", page, re.MULTILINE)
+    return line
+
+
+def run_as_told(line: str, **variables: object) -> None:
+    """Run a command of a page as it stands."""
+    environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
+    done = subprocess.run(
+        ["bash", "-euc", line], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("way", ["internal", "external"])
+def test_the_commands_of_the_page_restore_a_guest_saved_live(
+    way: str, guest: GuestImage, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """docs/operations.md, word for word, after a live save, which has the disks of its second pass.
+
+    The guest writes to its disk all the time; the memory that is restored and the disk agree.
+    """
+    page = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
+    disk, image, copy = make_disk(tmp_path / "d.qcow2"), tmp_path / "vm.mig", tmp_path / "copy"
+    (tmp_path / "over").mkdir()
+    text = f"external={tmp_path / 'over'}" if way == "external" else way
+    with machine_with(tmp_path_factory.mktemp("m"), guest, disk) as machine:
+        mount(machine)
+        write(machine, "before")
+        loop = "while echo x >>/d/log && sync; do :; done & writer=$!"
+        assert machine.console.run(loop) == 0
+        options = ["--disks", text, "--live", "--rate", "16M"]
+        done = uringmig("save", "--qmp", machine.qmp_path, image, *options)
+        assert done.code == 0, done.err
+        assert machine.console.run("kill $writer; wait $writer; true") == 0
+        write(machine, "after")
+        [told] = disks_of(image)
+        if way == "external":
+            line = command(page, "qemu-img create")
+            run_as_told(line, DISK=told.files[0].path, FORMAT=told.files[0].format, COPY=copy)
+        else:
+            line = command(page, "qemu-img convert")
+            run_as_told(line, DISK=told.files[0].path, SNAPSHOT=told.snapshot, COPY=copy)
+        # While the guest that was saved goes on.
+        restored(image, copy, guest, tmp_path_factory.mktemp("m"), code=int(way == "internal"))
+        assert_sound(machine, Path(told.overlay or disk))
+    if way == "internal":
+        run_as_told(command(page, "qemu-img snapshot"), DISK=disk, SNAPSHOT=told.snapshot)
+        restored(image, disk, guest, tmp_path_factory.mktemp("m"), code=0)
+
+
+def restored(image: Path, disk: Path, guest: GuestImage, folder: Path, *, code: int) -> None:
+    """Load an image with a disk; the guest finds what it wrote before, and no more."""
+    with machine_with(folder, guest, disk, incoming=True) as machine:
+        done = uringmig("load", image, "--qmp", machine.qmp_path, "--then", "cont")
+        assert done.code == code, done.err
+        assert machine.console.run("kill $writer; wait $writer; true") == 0
+        assert has(machine, "before")
+        assert not has(machine, "after")
+        assert_sound(machine, disk)
