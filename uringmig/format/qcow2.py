@@ -20,6 +20,8 @@ MAGIC: Final = b"QFI\xfb"
 #: QEMU: block/qcow2.h, QCOW_MAX_L1_SIZE, QCOW_MAX_SNAPSHOTS.
 L1_BYTES_MAX: Final = 32 * MiB
 SNAPSHOTS_MAX: Final = 65536
+#: Files are shorter, and the kernel takes no larger number.
+OFFSET_MAX: Final = 1 << 62
 #: What one takes in the list at most, with QEMU's limits of its name, number and what follows.
 SNAPSHOT_BYTES_MAX: Final = 40 + 1024 + 128 + 256 + 8
 #: Of an entry of L1: where its table is. The others are flags, of which one tells whether the table
@@ -60,7 +62,9 @@ class Qcow2Header:
         if version not in (2, 3):
             raise FormatError("version of qcow2", offset=4, expected="2 or 3", found=version)
         at_most("entries of qcow2's L1", L1_BYTES_MAX // 8, entries, at=36)
+        at_most("offset of qcow2's L1", OFFSET_MAX, l1_offset, at=40)
         at_most("snapshots of a qcow2 file", SNAPSHOTS_MAX, snapshots, at=60)
+        at_most("offset of qcow2's snapshots", OFFSET_MAX, snapshots_offset, at=64)
         return cls(size, entries, l1_offset, snapshots, snapshots_offset)
 
 
@@ -112,6 +116,7 @@ class Qcow2Snapshot:
         fields = cls.STRUCT.unpack_from(data, position)
         l1_offset, entries, id_length, name_length, _, _, _, _, extra = fields
         at_most("entries of a snapshot's L1", L1_BYTES_MAX // 8, entries, at=at + position + 8)
+        at_most("offset of a snapshot's L1", OFFSET_MAX, l1_offset, at=at + position)
         size = None
         if extra >= cls.EXTRA.size and texts + cls.EXTRA.size <= len(data):
             size = cls.EXTRA.unpack_from(data, texts)[1]
