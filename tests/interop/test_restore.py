@@ -253,12 +253,13 @@ def test_old_bytes_in_private_memory(small_image: Path, start_machine: StartMach
 
 def test_load_that_fails_inside_qemu(start_machine: StartMachine, tmp_path: Path) -> None:
     """QEMU outlives it, has its settings back, and its words are told."""
-    source = start_machine(
-        memory_bytes=64 * MiB, paused=True, arguments=["-device", "virtio-rng-pci"]
-    )
+    legacy = ["-device", "virtio-rng-pci,disable-modern=on"]
+    source = start_machine(memory_bytes=64 * MiB, paused=True, arguments=legacy)
     image = tmp_path / "rng.mig"
     save_by_qemu(source, image, multifd=True, direct=True)
-    machine = start_machine(memory_bytes=64 * MiB, incoming=True)
+    machine = start_machine(
+        memory_bytes=64 * MiB, incoming=True, arguments=["-device", "virtio-rng-pci"]
+    )
     settings = machine.monitor.capabilities(), machine.monitor.parameters()
     with pytest.raises(PeerError, match=r"^QEMU failed to load the image: .+; start that"):
         load(machine, image)

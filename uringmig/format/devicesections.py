@@ -93,6 +93,11 @@ class DeviceSections:
         return cls(tuple(_section(data, start, end) for start, end in pairwise(bounds)), data)
 
     @property
+    def names(self) -> tuple[tuple[str, int], ...]:
+        """Name and instance of each section."""
+        return tuple((section.name, section.instance_id) for section in self._sections)
+
+    @property
     def clock(self) -> bytes:
         """What is the same in two states if, and only if, the guest did not run between them.
 

@@ -130,6 +130,23 @@ def _body_bytes(part: _Device | _Subsection, *, depth: int, what: str, at: int) 
     return total
 
 
+def names_in_tail(tail: bytes) -> tuple[tuple[str, int], ...] | None:
+    """Name and instance of each device section of a stream's tail; None: it does not tell.
+
+    Args:
+        tail: see `DeviceState`; older QEMUs leave the vmdescription out of a plain stream.
+
+    Raises:
+        FormatError: as `VmDescription.parse`.
+    """
+    place = find_vmdescription(tail)
+    if place is None:
+        return None
+    at = place + 1 + BE32.size
+    devices = VmDescription.parse(tail[at:], at=at).devices
+    return tuple((device.name, device.instance_id) for device in devices)
+
+
 def find_vmdescription(tail: bytes | bytearray) -> int | None:
     """Find the vmdescription item that ends exactly where ``tail`` does.
 

@@ -42,9 +42,7 @@ def describe_guest(monitor: Monitor) -> tuple[GuestFacts, tuple[str, ...]]:
     Raises:
         PeerError: QEMU went away.
     """
-    cpus = _ask(monitor, "query-cpus-fast")
-    cpus = cpus if isinstance(cpus, list) else []
-    first = _word(_entry(cpus[0], "qom-path")) if cpus else None
+    cpu_type, cpu_count = processors_of(monitor)
     machine = _word(_ask(monitor, "qom-get", path="/machine", property="type"))
     kvm = _entry(_ask(monitor, "query-kvm"), "enabled")
     uuid = _word(_entry(_ask(monitor, "query-uuid"), "UUID"))
@@ -55,8 +53,8 @@ def describe_guest(monitor: Monitor) -> tuple[GuestFacts, tuple[str, ...]]:
         qemu_package=_word(_entry(_ask(monitor, "query-version"), "package")),
         machine=None if machine is None else machine.removesuffix(_TYPE_SUFFIX),
         target=_word(_entry(_ask(monitor, "query-target"), "arch")),
-        cpu_type=first and _word(_ask(monitor, "qom-get", path=first, property="type")),
-        cpu_count=len(cpus) or None,
+        cpu_type=cpu_type,
+        cpu_count=cpu_count or None,
         kvm=kvm if isinstance(kvm, bool) else None,
         name=_word(_entry(_ask(monitor, "query-name"), "name")),
         uuid=None if uuid == _NO_UUID else uuid,
@@ -64,6 +62,19 @@ def describe_guest(monitor: Monitor) -> tuple[GuestFacts, tuple[str, ...]]:
         disks=disks or msgspec.UNSET,
     )
     return facts, (*notes, *more)
+
+
+def processors_of(monitor: Monitor) -> tuple[str | None, int]:
+    """The QOM type of a QEMU's first processor, and how many there are; None and 0: not told.
+
+    Raises:
+        PeerError: QEMU went away.
+    """
+    cpus = _ask(monitor, "query-cpus-fast")
+    if not isinstance(cpus, list) or not cpus:
+        return None, 0
+    first = _word(_entry(cpus[0], "qom-path"))
+    return first and _word(_ask(monitor, "qom-get", path=first, property="type")), len(cpus)
 
 
 def _ask(monitor: Monitor, command: str, /, **arguments: Any) -> Any:

@@ -55,7 +55,7 @@ class Moment:
         self._monitor = monitor
         self._still = still
         began = time.monotonic()
-        devices = _devices(monitor)
+        devices = device_sections(monitor)
         self.received_seconds = time.monotonic() - began
         run_state = still.found
         if still.live:  # it may have fallen asleep, or woken up, between the look and the stop
@@ -72,7 +72,7 @@ class Moment:
             BusyError: it does not.
             PeerError: QEMU went away.
         """
-        clock = _devices(self._monitor).clock
+        clock = device_sections(self._monitor).clock
         done = self._still.disturbance
         if done is None and clock != self._clock:  # of a guest that was found stopped
             done = "let the guest go on"
@@ -112,8 +112,8 @@ def refuse_what_is_more(monitor: Monitor) -> None:
                 )
 
 
-def _devices(monitor: Monitor) -> DeviceSections:
-    """The state of all devices of a guest that stands still.
+def device_sections(monitor: Monitor) -> DeviceSections:
+    """The state of all devices of a guest that stands still, or has not begun.
 
     Raises:
         PeerError: QEMU refuses, or writes too much.

@@ -33,6 +33,7 @@ from uringmig.qemu.diskcheck import check_disks
 from uringmig.qemu.guardprocess import OURS
 from uringmig.qemu.monitor import HostBlock, Monitor, RamBackend
 from uringmig.qemu.qmp import CommandError
+from uringmig.qemu.waitingdevices import check_devices
 from uringmig.qemu.waitingmemory import check_memory
 from uringmig.storage.directfile import open_direct
 from uringmig.storage.engine import Operation
@@ -116,6 +117,7 @@ def load_into(
         notes += _check_fresh(monitor, bitmaps)
         guest, unused = guest_of_image(path, main, base=offset, blocks=image.blocks)
         notes += [*unused, *check_disks(monitor, guest)]
+        notes += check_devices(monitor, image.device_state.tail, guest)
         pages, more = _open_pages(monitor, path, direct) if channels else (None, [])
         notes += more
         with _given(monitor, main.fd, pages) as name, monitor.saved_settings():

@@ -39,6 +39,7 @@ from uringmig.qemu.restore import (
     start_load,
     wait_for_load,
 )
+from uringmig.qemu.waitingdevices import check_devices
 from uringmig.qemu.waitingmemory import check_memory
 from uringmig.units import div_ceil
 
@@ -112,6 +113,7 @@ def stream_into(
     guest = contents.guest()
     unseen = check_disks(monitor, guest)
     notes = check_memory(monitor, [block.idstr for block in contents.blocks])
+    notes += check_devices(monitor, contents.device_state().tail, guest)
     memory_bytes = sum(block.used_length for block in contents.blocks)
     pieces = plain_pieces(
         contents,
