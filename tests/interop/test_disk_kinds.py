@@ -15,8 +15,11 @@ from commandline import uringmig
 from guestdisks import DISK_BYTES, chain, qemu_img, snapshots_of
 from realguest import StartMachine, shared_path
 
+from uringmig.errors import StorageError
 from uringmig.image import manifest
 from uringmig.image.guestfacts import GuestDisk
+from uringmig.qemu.saving import save_vm
+from uringmig.storage.mainfile import MainFile
 from uringmig.testing.machine import Machine
 from uringmig.units import MiB
 
@@ -290,6 +293,60 @@ def test_disks_of_many_kinds_are_kept_together(
     assert done.code == 0, done.err
     assert {len(one.files) for one in disks_of(tmp_path / "c.mig")} == {2, 3}
     assert len(list(overlays.iterdir())) == 6
+    assert machine.monitor.run_state() == "running"
+
+
+def test_disks_of_every_bus(
+    start_machine: StartMachine, tmp_path: Path, overlays: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is found by its device, with a thread of its own too; one of two devices, kept once."""
+    names = ("ide", "scsi", "usb", "thread", "shared")
+    disks = {name: qcow2(tmp_path / f"{name}.qcow2") for name in names}
+    floppy = tmp_path / "floppy"
+    floppy.write_bytes(bytes(1440 << 10))
+    arguments = [
+        *["-object", "iothread,id=io", "-device", "virtio-scsi-pci", "-device", "qemu-xhci"],
+        *["-drive", f"file={floppy},if=none,id=fd,format=raw"],
+        *["-device", "isa-fdc,id=fdc", "-device", "floppy,drive=fd,bus=fdc.0"],
+    ]
+    for number, (device, disk) in enumerate(
+        [
+            ("ide-hd", "ide"),
+            ("scsi-hd", "scsi"),
+            ("usb-storage", "usb"),
+            ("virtio-blk-pci,iothread=io", "thread"),
+            ("virtio-blk-pci,share-rw=on", "shared"),
+        ]
+    ):
+        below = {"driver": "file", "filename": str(disks[disk])}
+        one = {"node-name": f"n{number}", "driver": "qcow2", "file": below}
+        arguments += ["-blockdev", json.dumps(one), "-device", f"{device},drive=n{number}"]
+    arguments += ["-device", "virtio-blk-pci,share-rw=on,drive=n4"]
+    machine = start_machine(memory_bytes=SMALL_BYTES, backend="", arguments=arguments)
+    refused(machine, "internal", tmp_path / "a.mig", "disk fd", str(floppy), "is 'raw'")
+    before = chain(machine)
+
+    def sync(file: MainFile) -> None:
+        assert chain(machine) != before
+        raise StorageError("no more", path=file.path)
+
+    with monkeypatch.context() as failing:
+        failing.setattr(MainFile, "sync", sync)
+        with pytest.raises(StorageError):
+            save_vm(machine.qmp_path, tmp_path / "a.mig", disks=f"external={overlays}")
+    assert chain(machine) == before
+    assert list(overlays.iterdir()) == []
+
+    saved = save_vm(machine.qmp_path, tmp_path / "a.mig", disks=f"external={overlays}")
+    assert list(saved.disks) == disks_of(tmp_path / "a.mig")
+    assert len(saved.disks) == 7
+    assert len({one.overlay for one in saved.disks}) == len(list(overlays.iterdir())) == 6
+    assert {one.files[0].path for one in saved.disks} == {*map(str, disks.values()), str(floppy)}
+
+    saved = save_vm(machine.qmp_path, tmp_path / "b.mig", disks="internal")
+    [name] = {one.snapshot for one in saved.disks}
+    for kept in saved.disks:
+        assert snapshots_of(Path(kept.files[0].path)) == [name]
     assert machine.monitor.run_state() == "running"
 
 

@@ -127,7 +127,7 @@ class _Check:
             with self._look(file) as look:
                 if look.is_empty:
                     continue
-            below = self._kept
+            below = self._files[count]
             if file.path == self._disk.overlay:
                 said = "is where the guest went on after the save"
             else:
