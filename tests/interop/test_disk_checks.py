@@ -199,6 +199,47 @@ def test_a_disk_that_was_written_to_beneath(
         os.utime(external.disk, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
+def test_another_name_of_the_disk(external: Saved, tmp_path: Path, machines: Path) -> None:
+    """It is the file that counts."""
+    link = tmp_path / "link"
+    link.symlink_to(external.disk)
+    right(external.load(link, machines), external)
+
+
+def test_a_file_put_in_the_disks_place(external: Saved, tmp_path: Path, machines: Path) -> None:
+    """As from a backup: it may be the same, and may not."""
+    kept = tmp_path / "kept"
+    shutil.move(external.disk, kept)
+    try:
+        shutil.copy(kept, external.disk)
+        unseen(external.load(external.disk, machines), "is not the file that it was")
+    finally:
+        shutil.move(kept, external.disk)
+
+
+def test_what_is_behind_a_disk_was_written_to(
+    guest: GuestImage, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """A snapshot has only what is in its own file; also the rest is to be as it was."""
+    back = make_disk(tmp_path / "back.qcow2")
+    disk, image = tmp_path / "d.qcow2", tmp_path / "vm.mig"
+    qemu_img("create", "-q", "-f", "qcow2", "-b", back, "-F", "qcow2", disk)
+    with machine_with(tmp_path_factory.mktemp("m"), guest, disk) as machine:
+        mount(machine)
+        done = uringmig(
+            "save", "--qmp", machine.qmp_path, image, "--disks", "internal", "--then", "quit"
+        )
+        assert done.code == 0, done.err
+        machine.process.wait()
+    said = manifest.decode(Path(f"{image}.manifest.json").read_bytes())
+    assert said.guest
+    assert said.guest.disks
+    saved = Saved(image, disk, said.guest.disks[0], guest, tmp_path)
+    right(saved.load(disk, tmp_path_factory.mktemp("m")), saved)
+    io_write(back)
+    wrong(saved.load(disk, tmp_path_factory.mktemp("m")), str(back), "was written to since")
+
+
 def test_a_copy_elsewhere(external: Saved, tmp_path: Path, machines: Path) -> None:
     unseen(external.load(copy_of(external, tmp_path), machines), "is not among its files")
 

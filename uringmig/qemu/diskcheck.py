@@ -9,7 +9,7 @@ somebody made, is told.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -103,7 +103,7 @@ class _Check:
                     continue
                 self._check_empty(number)
                 if look.is_at(snapshot):
-                    return None
+                    return self._check_unwritten(self._files[number + 1 :], self._disk.files[1:])
             raise self._wrong(
                 f"{file.path} was written to since the snapshot of the image's moment; before QEMU "
                 f"is started: qemu-img snapshot -a {name} {file.path}"
@@ -117,8 +117,7 @@ class _Check:
         for number, file in enumerate(self._files):
             if self._is_kept(file):
                 self._check_empty(number)
-                self._check_unwritten(self._files[number:])
-                return None
+                return self._check_unwritten(self._files[number:], self._disk.files)
         return f"{self._kept.path} is not among its files"
 
     def _check_empty(self, count: int) -> None:
@@ -137,22 +136,32 @@ class _Check:
                 f"-b {below.path} -F {below.format or 'raw'} NEW"
             )
 
-    def _check_unwritten(self, files: Sequence[DiskFile]) -> None:
-        """Refuse files that were written to since they were covered."""
-        for now, then in zip(files, self._disk.files, strict=False):
-            if then.modified_ns is None or not now.path.startswith("/"):
+    def _check_unwritten(self, files: Sequence[DiskFile], then: Sequence[DiskFile]) -> str | None:
+        """Refuse files that were written to since they were covered; say which were replaced."""
+        for now, before in zip(files, then, strict=False):
+            if before.modified_ns is None:
                 continue
             try:
                 status = Path(self._root + now.path).stat()
-            except OSError:
-                continue
-            same = now.path == then.path and status.st_ino == then.inode
-            if same and (status.st_mtime_ns, status.st_size) != (then.modified_ns, then.size):
+            except OSError as error:
+                return f"{now.path}: {error.strerror}"
+            if status.st_ino != before.inode or not self._is_same(now, before):
+                return f"{now.path} is not the file that it was"
+            if (status.st_mtime_ns, status.st_size) != (before.modified_ns, before.size):
                 raise self._wrong(f"{now.path} was written to since the image was made")
+        return None
 
     def _is_kept(self, file: DiskFile) -> bool:
-        """Whether it is the file that was kept, by its name."""
-        return file.path == self._kept.path
+        """Whether it is the file that was kept."""
+        return self._is_same(file, self._kept)
+
+    def _is_same(self, file: DiskFile, other: DiskFile) -> bool:
+        """Whether two names are one file's."""
+        if file.path == other.path:
+            return True
+        with suppress(OSError):
+            return Path(self._root + file.path).samefile(self._root + other.path)
+        return False
 
     @contextmanager
     def _look(self, file: DiskFile) -> Iterator[Qcow2Look]:
