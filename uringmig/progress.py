@@ -78,6 +78,8 @@ class Snapshot:
         total_bytes: memory to go through.
         seconds: since the start.
         channels: completed bytes of each channel.
+        pass_seconds: since the present pass over the memory began, whose bytes alone are in
+            ``total_bytes`` and ``finished_bytes``.
     """
 
     phase: Phase
@@ -89,6 +91,7 @@ class Snapshot:
     in_flight_bytes: int
     seconds: float
     channels: tuple[int, ...]
+    pass_seconds: float
 
     @property
     def share(self) -> float:
@@ -103,7 +106,7 @@ class Snapshot:
     @property
     def seconds_left(self) -> float | None:
         """Estimate at the present pace; None while nothing is finished."""
-        return self.seconds * (1 - self.share) / self.share if self.share > 0 else None
+        return self.pass_seconds * (1 - self.share) / self.share if self.share > 0 else None
 
 
 ProgressCallback = Callable[[Snapshot], None]
@@ -116,8 +119,9 @@ def take_snapshot(
     total_bytes: int,
     seconds: float,
     passed_bytes: int = 0,
+    passed_seconds: float = 0.0,
 ) -> Snapshot:
-    """Sum the channels' counters; ``passed_bytes`` were gone through in an earlier pass."""
+    """Sum the channels' counters; what was ``passed`` was done in earlier passes."""
     return Snapshot(
         phase=phase,
         total_bytes=total_bytes - passed_bytes,
@@ -128,6 +132,7 @@ def take_snapshot(
         in_flight_bytes=sum(item.in_flight_bytes for item in counters),
         seconds=seconds,
         channels=tuple(item.completed_bytes for item in counters),
+        pass_seconds=seconds - passed_seconds,
     )
 
 

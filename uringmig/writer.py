@@ -187,7 +187,7 @@ class MappedRamWriter:
         )
         self._counters = [ChannelCounters() for _ in range(options.channels)]
         self._total_bytes = 0
-        self._passed_bytes = 0
+        self._passed_bytes, self._passed_seconds = 0, 0.0
         self._channels: Round | None = None
         self._all_written = False
 
@@ -312,6 +312,7 @@ class MappedRamWriter:
             if not (moving or block.dense):
                 block.memory = memory
         self._passed_bytes = self._total_bytes
+        self._passed_seconds = time.monotonic() - self._started
         self._total_bytes += sum(block.layout.used_length for block in self._blocks)
         phase: Phase = "write" if moving else "catch-up"
         yield from self._round(lambda: self._passes.catch_up(paced=moving), phase)
@@ -454,6 +455,7 @@ class MappedRamWriter:
             total_bytes=self._total_bytes,
             seconds=time.monotonic() - self._started,
             passed_bytes=self._passed_bytes,
+            passed_seconds=self._passed_seconds,
         )
         if self._progress is not None:
             self._progress(snapshot)

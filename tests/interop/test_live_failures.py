@@ -5,6 +5,7 @@ URINGMIG_KILL_ROUNDS is how often each of the three ways to kill is tried, at ra
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import signal
@@ -14,20 +15,26 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from commandline import start, uringmig
 from imagereader import read_image
 from outsidefill import fill_ram
-from realguest import StartMachine
+from realguest import StartMachine, shared_path
 
 from uringmig import WriteOptions
-from uringmig.errors import BusyError, PeerError
+from uringmig.errors import BusyError, HostError, PeerError, StorageError
 from uringmig.progress import Snapshot
+from uringmig.qemu import guestmemory
 from uringmig.qemu.monitor import Monitor
 from uringmig.qemu.outside import save_outside
+from uringmig.qemu.saving import save_vm
 from uringmig.qemu.vmsave import Then
+from uringmig.storage.enginechoice import EngineChoice
+from uringmig.storage.pwrite import PwriteEngine
+from uringmig.storage.requests import Completions
 from uringmig.testing.machine import Machine
-from uringmig.units import MiB
+from uringmig.units import KiB, MiB
 from uringmig.verify import verify
 
 ROUNDS = int(os.environ.get("URINGMIG_KILL_ROUNDS", "3"))
@@ -199,15 +206,17 @@ def test_a_guest_that_is_stopped_anyway(live: Machine, tmp_path: Path, rate: int
 
 def test_a_rate_does_not_hold_the_guest(live: Machine, tmp_path: Path) -> None:
     """All that is paced is written while the guest runs; what it changed is written unpaced."""
-    rates: dict[str, set[float]] = {"write": set(), "catch-up": set()}
     states: dict[str, set[str]] = {"write": set(), "catch-up": set()}
+
+    def change() -> None:
+        fill_ram(live, first=16 * MiB, length=64 * MiB, seed=7)
+
+    change_then = at("catch-up", change)
 
     def look(snapshot: Snapshot) -> None:
         if snapshot.phase in states:
             states[snapshot.phase].add(live.monitor.run_state())
-        if snapshot.phase == "catch-up" and not rates["catch-up"]:
-            fill_ram(live, first=16 * MiB, length=64 * MiB, seed=len(rates))
-            rates["catch-up"].add(snapshot.rate)
+        change_then(snapshot)
 
     with Monitor(live.qmp_path) as monitor:
         options = WriteOptions(rate=128 * MiB)
@@ -301,3 +310,76 @@ def test_only_from_outside(live: Machine, tmp_path: Path) -> None:
     assert done.code == 2
     assert "from outside" in done.err
     assert live.monitor.run_state() == "running"
+
+
+@pytest.mark.parametrize("then", ["leave", "quit"])
+def test_what_becomes_of_the_guest(start_machine: StartMachine, tmp_path: Path, then: Then) -> None:
+    """It is stopped for the second pass, and then not let go on."""
+    machine = start_machine(memory_bytes=64 * MiB, backend="")
+    result = save_outside(machine.monitor, tmp_path / "vm", live=True, then=then)
+    assert result.passes > 1
+    assert result.stopped_seconds > 0
+    assert (result.state_before, result.notes) == ("running", ())
+    assert result.state_after == {"leave": "paused", "quit": None}[then]
+    if then == "quit":
+        assert machine.process.wait(timeout=60) == 0
+    else:
+        assert machine.monitor.run_state() == "paused"
+    assert verify(tmp_path / "vm").mismatches == ()
+
+
+@pytest.mark.parametrize("phase", ["write", "catch-up"])
+def test_full_disk(
+    live: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str
+) -> None:
+    """In the first pass the guest is not even stopped; in the second it goes on."""
+    full: list[str] = []
+
+    class Engine(PwriteEngine):
+        def reap(self, *, wait_count: int, timeout_ns: int) -> Completions:
+            done = super().reap(wait_count=wait_count, timeout_ns=timeout_ns)
+            if full:
+                return Completions(done.token, np.full(len(done), -errno.ENOSPC, np.int64))
+            return done
+
+    def fill(snapshot: Snapshot) -> None:
+        if snapshot.phase == phase and not full:
+            full.append(phase)
+            if phase == "catch-up":  # there has to be something to write
+                fill_ram(live, first=16 * MiB, length=MiB, seed=99)
+
+    monkeypatch.setattr("uringmig.writer.choose_engine", lambda _: EngineChoice("full", Engine))
+    before, events = kept(live), live.monitor.run_events()
+    with Monitor(live.qmp_path) as monitor, pytest.raises(StorageError) as caught:
+        save_outside(monitor, tmp_path / "vm", live=True, progress=fill)
+    assert caught.value.errno == errno.ENOSPC
+    assert list(tmp_path.iterdir()) == []
+    assert live.monitor.run_state() == "running"
+    assert kept(live) == before
+    assert (live.monitor.run_events() == events) == (phase == "write")
+
+
+def test_a_migration_keeps_no_rate(start_machine: StartMachine, tmp_path: Path) -> None:
+    """Its guest stands still until all is written: it would wait for the rate, too."""
+    machine = start_machine(memory_bytes=64 * MiB, shared=shared_path())
+    fill_ram(machine, first=16 * MiB, length=32 * MiB)
+    result = save_vm(
+        machine.qmp_path, tmp_path / "vm", how="migrate", options=WriteOptions(rate=KiB)
+    )
+    assert any("--rate was not kept" in note for note in result.notes)
+    assert machine.monitor.run_state() == "running"
+
+
+def test_a_live_save_that_cannot_read_does_not_migrate(
+    start_machine: StartMachine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was asked for is to run on: the guest is not held for all of a save instead."""
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "not permitted")
+
+    monkeypatch.setattr(guestmemory, "mappings_of", refuse)
+    machine = start_machine(memory_bytes=64 * MiB, shared=shared_path())
+    with pytest.raises(HostError, match=r"no right to read .* not made by a migration"):
+        save_vm(machine.qmp_path, tmp_path / "vm", live=True)
+    assert machine.monitor.run_state() == "running"

@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hugepool import pool_count
+from imagereader import read_image
 
+from uringmig import MappedRamWriter, RamBlock
 from uringmig.errors import StateError, StorageError
 from uringmig.memory.mapping import FileMemory, create_memfd
 from uringmig.pages.zero import nonzero_pages
@@ -148,3 +150,21 @@ def test_a_file_of_a_hugetlbfs_mount(tmp_path: Path, huge_page: int) -> None:
     finally:
         # It would be busy if a mapping or descriptor were left.
         subprocess.run(["umount", tmp_path], check=True)
+
+
+def test_a_live_save_takes_no_huge_page(big: int, huge_page: int, tmp_path: Path) -> None:
+    """Holes are looked for in both passes, and stay what they are; data that comes is found."""
+    put(big, offset=0, byte=1, huge_page=huge_page)
+    memory = FileMemory(big)
+    with MappedRamWriter(tmp_path / "vm", [RamBlock("pc.ram", memory)], live=True) as writer:
+        writer.write_all()
+        put(big, offset=5000, byte=2, huge_page=huge_page)
+        put(big, offset=huge_page + 1, byte=3, huge_page=huge_page)
+        free = pool_count("Free")
+        writer.write_changed()
+        writer.finish()
+    assert pool_count("Free") == free
+    expected = bytearray(memory.length_bytes)
+    expected[0], expected[5000], expected[huge_page + 1] = 1, 2, 3
+    memory.close()
+    assert read_image(tmp_path / "vm").contents["pc.ram"] == expected

@@ -87,7 +87,7 @@ def test_metrics_are_one_family_after_the_other() -> None:
     running = make_state("web2", "running")
     running.progress = Snapshot(
         phase="write", total_bytes=4, scanned_bytes=2, zero_bytes=0, finished_bytes=1,
-        completed_bytes=10, in_flight_bytes=0, seconds=2.0, channels=(10,),
+        completed_bytes=10, in_flight_bytes=0, seconds=2.0, channels=(10,), pass_seconds=2.0,
     )  # fmt: skip
     view = RunView(
         jobs=[make_state("web1", "done"), running, make_state("bad", "failed", exit_code=4)],

@@ -47,6 +47,17 @@ def test_share_rate_and_time_left() -> None:
     assert snapshot.seconds_left == pytest.approx(6.0)
 
 
+def test_a_later_pass_is_told_of_by_itself() -> None:
+    """What was gone through before says nothing about what is left; what was moved stays moved."""
+    counter = ChannelCounters(finished_bytes=1250, completed_bytes=800)
+    snapshot = take_snapshot(
+        "catch-up", [counter], total_bytes=2000, seconds=8.0, passed_bytes=1000, passed_seconds=6.0
+    )
+    assert (snapshot.total_bytes, snapshot.finished_bytes, snapshot.share) == (1000, 250, 0.25)
+    assert snapshot.rate == 100.0
+    assert snapshot.seconds_left == pytest.approx(6.0)
+
+
 def test_nothing_done_yet_has_no_estimate() -> None:
     snapshot = take_snapshot("write", [ChannelCounters()], total_bytes=1000, seconds=0.0)
     assert (snapshot.share, snapshot.rate, snapshot.seconds_left) == (0.0, 0.0, None)
