@@ -78,11 +78,10 @@ def test_shared_files_without_the_right_to_read_the_process(
 def test_private_memory_that_may_not_be_read(room: Path) -> None:
     """Neither way: 6, and one line that says who is who and both reasons; nothing was stopped."""
     with machine_in(room, memory_bytes=64 * MiB, backend="memory-backend-ram") as machine:
-        events = machine.monitor.run_events()
         ended = run_as_nobody(room, machine)
         assert ended.code == 6
         error = job_ends(ended)["vm"]["error"]
         assert f"this is user {NOBODY}, QEMU is user 0" in error
         assert "and not by a migration: " in error
         assert machine.monitor.run_state() == "running"
-        assert machine.monitor.run_events() == events
+        assert "STOP" not in machine.monitor.run_events()

