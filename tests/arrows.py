@@ -51,7 +51,8 @@ ARROWS: Final[dict[str, tuple[str, ...]]] = {
     ),
     "": ("export", "format", "memory", "progress", "qemu", "reader", "result", "verify", "writer"),
     "export": (
-        "archive", "contents", "format", "image", "pages", "progress", "storage", "verify",
+        "archive", "contents", "format", "image", "pages", "progress", "storage", "transfer",
+        "verify",
     ),
     "batch": (
         "archive", "bench.depth", "bench.profile", "contents", "progress", "qemu", "signals",

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         StorageError,
         UringmigError,
     )
+    from uringmig.export.conversion import ConvertResult, convert_image
     from uringmig.export.difference import BlockDiff, DiffReport, diff_images
     from uringmig.format.device_state import DeviceState
     from uringmig.format.headers import Configuration
@@ -39,6 +40,7 @@ __all__ = [
     "BlockDiff",
     "BlockInfo",
     "Configuration",
+    "ConvertResult",
     "DeviceState",
     "DiffReport",
     "FileMemory",
@@ -59,6 +61,7 @@ __all__ = [
     "VerifyReport",
     "VmSave",
     "WriteOptions",
+    "convert_image",
     "diff_images",
     "save_vm",
     "verify",
@@ -69,6 +72,7 @@ _MODULE_OF: Final = {
     "BlockDiff": "uringmig.export.difference",
     "BlockInfo": "uringmig.reader",
     "Configuration": "uringmig.format.headers",
+    "ConvertResult": "uringmig.export.conversion",
     "DeviceState": "uringmig.format.device_state",
     "DiffReport": "uringmig.export.difference",
     "FileMemory": "uringmig.memory.mapping",
@@ -89,6 +93,7 @@ _MODULE_OF: Final = {
     "VerifyReport": "uringmig.verify",
     "VmSave": "uringmig.qemu.vmsave",
     "WriteOptions": "uringmig.options",
+    "convert_image": "uringmig.export.conversion",
     "diff_images": "uringmig.export.difference",
     "save_vm": "uringmig.qemu.saving",
     "verify": "uringmig.verify",

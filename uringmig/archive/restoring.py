@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,19 +16,13 @@ from uringmig.archive.copied import EntryLabel
 from uringmig.archive.directory import Archive
 from uringmig.archive.hot import write_hot
 from uringmig.archive.opening import CheckedContents, open_entry
-from uringmig.contents.streaming import plain_pieces
+from uringmig.contents.streamfile import write_stream
 from uringmig.errors import StateError
-from uringmig.image import manifest
-from uringmig.image.draft import Durable, make_durable
-from uringmig.options import PAGE_SIZE, WINDOW_BYTES, ReadOptions, WriteOptions
-from uringmig.progress import ProgressCallback, Teller
+from uringmig.options import ReadOptions, WriteOptions
+from uringmig.progress import ProgressCallback
 from uringmig.qemu.monitor import Monitor
 from uringmig.qemu.streamload import StreamLoad, stream_into
-from uringmig.storage.buffers import aligned_buffer
 from uringmig.storage.folder import final_name
-from uringmig.storage.imagetarget import NamedTarget
-from uringmig.storage.mainfile import MainFile
-from uringmig.units import align_down
 
 OutputFormat = Literal["hot", "plain"]
 
@@ -104,7 +97,7 @@ def restore_file(
             done = write_hot(contents, path, options=write, label=label, progress=progress)
             size, notes = done.file_bytes, done.notes
         else:
-            size, notes = _write_plain(contents, path, write, progress)
+            size, notes = write_stream(contents, path, options=write, progress=progress)
     return RestoreResult(
         name=name,
         path=str(path),
@@ -146,75 +139,3 @@ def restore_into(
         # For its check of what is no window; `stream_into` compares the windows.
         CheckedContents(opened)
         return stream_into(monitor, opened.contents, digests=opened.digests, progress=progress)
-
-
-def _write_plain(
-    contents: CheckedContents,
-    path: Path,
-    options: WriteOptions,
-    progress: ProgressCallback | None,
-) -> tuple[int, tuple[str, ...]]:
-    """Write a plain stream; return its length and notes."""
-    target = NamedTarget(path, mode=options.direct, sidecar_suffix=manifest.SUFFIX)
-    try:
-        file = _StreamFile(target, contents, progress)
-        with closing(plain_pieces(contents)) as pieces:
-            for piece in pieces:
-                file.append(piece)
-        durable = file.finish()
-        size = target.main.size
-        durable.publish(None)
-    finally:
-        target.close()
-    return size, target.notes
-
-
-class _StreamFile:
-    """A file written from its beginning to its end, in whole windows, without the page cache."""
-
-    def __init__(
-        self, target: NamedTarget, contents: CheckedContents, progress: ProgressCallback | None
-    ) -> None:
-        self._target = target
-        self._direct = MainFile(target.direct.fd, target.path)
-        self._total_bytes = contents.stored_bytes()
-        self._teller = Teller(progress, total_bytes=self._total_bytes)
-        self._buffer = aligned_buffer(WINDOW_BYTES)
-        self._filled = 0
-        self._written = 0
-
-    def append(self, piece: memoryview) -> None:
-        """Add a piece; it is copied.
-
-        Raises:
-            StorageError: a write failed.
-        """
-        while len(piece):
-            count = min(len(piece), len(self._buffer) - self._filled)
-            self._buffer.data[self._filled : self._filled + count] = piece[:count]
-            self._filled += count
-            piece = piece[count:]
-            if self._filled == len(self._buffer):
-                self._flush(self._filled)
-                self._filled = 0
-
-    def finish(self) -> Durable:
-        """Write the rest and make all of it durable.
-
-        Raises:
-            StorageError: nothing may be said to be safe after this.
-        """
-        whole = align_down(self._filled, PAGE_SIZE)
-        self._flush(whole)
-        main = self._target.main
-        main.write_at(self._written, self._buffer[whole : self._filled].data)
-        return make_durable(main, self._teller.tell, self._target.publish)
-
-    def _flush(self, length: int) -> None:
-        """Write the beginning of the buffer."""
-        self._direct.write_at(self._written, self._buffer[:length].data)
-        self._written += length
-        counters = self._teller.counters
-        counters.completed_bytes = self._written
-        counters.finished_bytes = min(self._written, self._total_bytes)
-        self._teller.tell("write", now=False)

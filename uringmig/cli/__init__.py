@@ -59,6 +59,7 @@ app: Final = LazyGroup(
         "repair": "uringmig.cli.repair:repair",
         "inspect": "uringmig.cli.inspect:inspect",
         "verify": "uringmig.cli.verify:verify",
+        "convert": "uringmig.cli.convert:convert",
         "diff": "uringmig.cli.diff:diff",
         "bench": "uringmig.cli.bench:bench",
         "archive": "uringmig.cli.archive:app",

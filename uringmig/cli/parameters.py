@@ -81,10 +81,10 @@ def qmp_socket(*, required: bool = True) -> click.Option:
     return click.Option(["--qmp"], type=PATH, metavar="SOCKET", required=required, help=of)
 
 
-def offset() -> click.Option:
-    """Where an image is in its file."""
+def offset(*, default: int | None = 0) -> click.Option:
+    """Where an image is in its file; None: where the file itself says."""
     return click.Option(
-        ["--offset"], type=_offset, default=0, metavar="BYTES",
+        ["--offset"], type=_offset, default=default, metavar="BYTES",
         help="Where the image begins in the file.",
     )  # fmt: skip
 

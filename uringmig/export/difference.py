@@ -332,7 +332,7 @@ def _compare_sections(first: Source, second: Source) -> Iterator[SectionDiff]:
     for source in (first, second):
         with naming(source.path):
             sides.append(
-                {(one.header.idstr, one.header.instance_id): one for one in source.sections()}
+                {(one.header.idstr, one.header.instance_id): one for one in source.devices()[0]}
             )
     for key in dict.fromkeys((*sides[0], *sides[1])):
         one, other = sides[0].get(key), sides[1].get(key)

@@ -22,7 +22,7 @@ from uringmig.contents.opening import open_contents
 from uringmig.contents.source import Contents
 from uringmig.errors import MismatchError, StateError, naming
 from uringmig.format.events import FullSection
-from uringmig.format.plainstream import read_sections
+from uringmig.format.plainstream import read_devices
 from uringmig.image import manifest
 from uringmig.image.sidecar import load_sidecar, sidecar_path
 from uringmig.options import WINDOW_BYTES, ReadOptions
@@ -55,11 +55,11 @@ class Source:
         """What the operator should know, complete when all has been read."""
         return self._inner.notes
 
-    def sections(self) -> Sequence[FullSection]:
-        """The sections of device state, in their order."""
+    def devices(self) -> tuple[Sequence[FullSection], bytes]:
+        """The sections of device state, in their order, and the text that describes them."""
         contents = self.contents
         blocks = [(block.idstr, block.used_length) for block in contents.blocks]
-        return read_sections(
+        return read_devices(
             contents.configuration,
             blocks,
             section_id=contents.section_id,

@@ -18,7 +18,7 @@ from uringmig.errors import FormatError
 from uringmig.format import constants as c
 from uringmig.format.cursor import BE32, BE64, Cursor, StarvedError
 from uringmig.format.device_state import DeviceState
-from uringmig.format.events import FullSection, RamSectionEnded
+from uringmig.format.events import DescriptionRead, FullSection, RamSectionEnded
 from uringmig.format.headers import Configuration, SectionFooter, StreamHeader, pack_lstr
 from uringmig.format.layout import pack_start
 from uringmig.format.mainstream import MainStreamReader
@@ -129,14 +129,17 @@ class PlainComposer:
         return BE64.pack(c.RAM_SAVE_FLAG_EOS) + self._footer + self._tail[self._early :]
 
 
-def read_sections(
+def read_devices(
     configuration: Configuration,
     blocks: Sequence[tuple[str, int]],
     *,
     section_id: int,
     device_state: DeviceState,
-) -> tuple[FullSection, ...]:
+) -> tuple[tuple[FullSection, ...], bytes]:
     """Read the sections of devices of a stream, in their order; arguments as `PlainComposer`.
+
+    Returns:
+        The sections, and the text of the vmdescription.
 
     Raises:
         FormatError: the device state is not one that can follow such a START section.
@@ -144,7 +147,13 @@ def read_sections(
     start = _plain_start(configuration, blocks, section_id)
     reader = MainStreamReader(file_size=len(start) + len(device_state.tail))
     reader.feed(start + device_state.tail)
-    return tuple(event for event in reader.events() if isinstance(event, FullSection))
+    sections, description = [], b""
+    for event in reader.events():
+        if isinstance(event, FullSection):
+            sections.append(event)
+        elif isinstance(event, DescriptionRead):
+            description = event.description.raw
+    return tuple(sections), description
 
 
 def _plain_start(
