@@ -158,7 +158,7 @@ def format_of(out: str | os.PathLike[str]) -> TargetFormat:
 
 def _check_place(source: Source, out: Path) -> None:
     """Refuse to write over the source, or into its archive."""
-    if out.exists() and out.samefile(source.path):
+    if os.path.exists(out) and os.path.samefile(source.path, out):  # noqa: PTH121
         raise StateError(f"{out} is the image itself; name another file")
     if source.archive is not None and out.parent.resolve() == source.archive.resolve():
         raise StateError(f"{out} would be in the archive itself; name another folder")
