@@ -228,6 +228,32 @@ def test_a_migration_within_the_standstill(
     assert machine.process.poll() is None
 
 
+@pytest.mark.parametrize("live", [True, False])
+def test_a_migration_before_the_standstill(
+    live: bool,
+    start_machine: StartMachine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In the first pass of a live save, or just before the stop: it is not saved from elsewhere."""
+    machine = start_machine(memory_bytes=64 * MiB, backend="")
+    arm = Guardian.arm
+    done: list[object] = []
+
+    def late(self: Guardian, word: bytes) -> None:
+        arm(self, word)
+        if not done:
+            machine.monitor.execute("migrate", uri=f"file:{tmp_path / 'theirs.mig'}")
+            done.append(machine.monitor.wait_for_migration(timeout_s=300))
+
+    monkeypatch.setattr(Guardian, "arm", late)
+    out = tmp_path / "vm.mig"
+    with Monitor(machine.qmp_path) as monitor, pytest.raises(PeerError, match="'postmigrate'"):
+        save_outside(monitor, out, live=live)
+    assert_nothing_left(out)
+    assert machine.monitor.run_state() == "postmigrate"
+
+
 def test_a_migration_that_lasts(start_machine: StartMachine, tmp_path: Path) -> None:
     """It goes on after the standstill as the guest does; the image is whole."""
     machine = start_machine(memory_bytes=64 * MiB, backend="")

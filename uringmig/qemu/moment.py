@@ -24,6 +24,7 @@ from uringmig.qemu.guardian import Standstill
 from uringmig.qemu.guardprocess import DEVICES
 from uringmig.qemu.guestmemory import GuestMemory
 from uringmig.qemu.monitor import Monitor
+from uringmig.qemu.vmsave import refuse_state
 
 #: Id of the ram section: QEMU counts its devices' from 0, and takes them for signed numbers.
 RAM_SECTION_ID: Final = 0x7FFFFFFF
@@ -47,13 +48,14 @@ class Moment:
 
     Raises:
         BusyError: the VM's RAM is not the one that was found.
-        PeerError: QEMU refuses, or writes too much.
+        PeerError: QEMU refuses, or writes too much, or the guest is not here any more.
         FormatError: the state is not as expected.
     """
 
     def __init__(self, monitor: Monitor, memory: GuestMemory, still: Standstill) -> None:
         self._monitor = monitor
         self._still = still
+        refuse_state(still.found)  # it may have been migrated away since the first look
         began = time.monotonic()
         devices = device_sections(monitor)
         self.received_seconds = time.monotonic() - began

@@ -80,9 +80,19 @@ def check_state(monitor: Monitor) -> str:
         PeerError: no guest can be saved in this state.
     """
     before = monitor.run_state()
-    if before not in _SAVED_FROM:
-        kind = BusyError if before in _PASSED_THROUGH else PeerError
-        raise kind(f"the guest is in state {before!r}, from which QEMU cannot migrate")
+    refuse_state(before)
     if not monitor.migration().ended:
         raise BusyError(f"QEMU is busy with a migration ({monitor.migration().status})")
     return before
+
+
+def refuse_state(state: str) -> None:
+    """Refuse a run state from which no guest is saved.
+
+    Raises:
+        BusyError: it passes by itself.
+        PeerError: it does not.
+    """
+    if state not in _SAVED_FROM:
+        kind = BusyError if state in _PASSED_THROUGH else PeerError
+        raise kind(f"the guest is in state {state!r}, from which QEMU cannot migrate")
