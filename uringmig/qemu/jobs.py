@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, Final
 
 from uringmig import signals
 from uringmig.errors import PeerError
 from uringmig.qemu.monitor import Monitor, growing_pauses
+from uringmig.qemu.qmp import CommandError
+
+#: So often in a row, some seconds long, QEMU does not refuse what is only not possible just now.
+_REFUSALS_MAX: Final = 200
 
 
 def has_job(monitor: Monitor, job: str) -> bool:
@@ -30,12 +34,21 @@ def run_job(monitor: Monitor, job: str, command: str, /, **arguments: Any) -> No
     if not has_job(monitor, job):
         monitor.execute(command, **{"job-id": job}, **arguments)
     pauses = growing_pauses()
+    told, refusals = False, 0
     while True:
         found = _find(monitor, job)
         if found is None:
             raise PeerError(f"QEMU's job {job} was taken away")
-        if found["status"] == "ready":
-            monitor.execute("job-complete", id=job)
+        if found["status"] == "ready" and not told:
+            try:
+                monitor.execute("job-complete", id=job)
+                told = True
+            except CommandError:
+                # It goes on between two questions: somebody who was killed had told it already, or
+                # QEMU waits for its disks just now.
+                refusals += 1
+                if refusals > _REFUSALS_MAX:
+                    raise
         elif found["status"] == "concluded":
             monitor.execute("job-dismiss", id=job)
             if found.get("error"):
