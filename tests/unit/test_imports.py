@@ -87,7 +87,9 @@ def test_listing_an_archive_loads_no_engine_and_no_qemu(tmp_path: Path) -> None:
         assert name not in modules
 
 
-@pytest.mark.parametrize("command", ["load", "verify", "inspect", "archive show", "archive prune"])
+@pytest.mark.parametrize(
+    "command", ["load", "verify", "inspect", "convert", "diff", "archive show", "archive prune"]
+)
 def test_help_of_a_command_loads_that_command_alone(command: str) -> None:
     code, modules = loaded(*command.split(), "--help")
     assert code == 0
