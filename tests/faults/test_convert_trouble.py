@@ -100,7 +100,8 @@ def test_bent_sources(tmp_path: Path, kind: str) -> None:
         except BytesError:
             outcomes.add("refused")
         except StorageError as error:  # an address beyond what any file system has
-            assert (error.errno, to) == (errno.EFBIG, "raw")
+            if (error.errno, to) != (errno.EFBIG, "raw"):
+                raise
         else:
             outcomes.add("whole")
             read_whole(out, to)
