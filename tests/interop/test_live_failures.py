@@ -24,6 +24,7 @@ from realguest import StartMachine, shared_path
 
 from uringmig import WriteOptions
 from uringmig.errors import BusyError, HostError, PeerError, StorageError
+from uringmig.image import manifest
 from uringmig.progress import Snapshot
 from uringmig.qemu import guestmemory
 from uringmig.qemu.monitor import Monitor
@@ -383,3 +384,21 @@ def test_a_live_save_that_cannot_read_does_not_migrate(
     with pytest.raises(HostError, match=r"no right to read .* not made by a migration"):
         save_vm(machine.qmp_path, tmp_path / "vm", live=True)
     assert machine.monitor.run_state() == "running"
+
+
+def test_what_is_told_of_a_live_save(live: Machine, tmp_path: Path) -> None:
+    """The passes as they go on, and how long the guest stood still: in result and manifest."""
+    out = tmp_path / "vm"
+    done = uringmig("save", "--json", "--live", "--qmp", live.qmp_path, out)
+    assert (done.code, done.err) == (0, "")
+    phases = [each["phase"] for each in done.events() if each["event"] == "progress"]
+    assert list(dict.fromkeys(phases))[:3] == ["write", "catch-up", "bitmaps"]
+    result = done.result()
+    assert result["passes"] >= 2
+    stopped = result["stopped_seconds"]
+    assert 0 < stopped < result["image"]["time"]["elapsed"]
+    said = manifest.decode(Path(f"{out}.manifest.json").read_bytes())
+    assert said.seconds["stopped"] == pytest.approx(stopped, abs=1e-5)
+    out.unlink()
+    told = uringmig("save", "--live", "--qmp", live.qmp_path, out)
+    assert "after all was written once while it ran" in told.out
