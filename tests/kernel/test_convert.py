@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -282,3 +283,25 @@ def test_unknown_machine_has_no_map(tmp_path: Path) -> None:
     with pytest.raises(StorageError):
         convert_image(tmp_path / "none", tmp_path / "out.elf")
     assert left_in(tmp_path) == ["a.mig", "a.mig.manifest.json"]
+
+
+def test_save_images_of_libvirt(tmp_path: Path) -> None:
+    """Rule: a save image of libvirt's is a source in both its forms; its XML is not taken over."""
+    pages = {0: b"a" * PAGE, 700: b"b" * PAGE}
+    blocks = [Block(idstr="pc.ram", used_length=4 * MIB, pages=pages)]
+
+    def header(form: int) -> bytes:
+        fields = struct.pack("<5I", 2, 200, 1, form, 0)
+        return (b"LibvirtQemudSave" + fields + bytes(56) + b"<domain/>\0").ljust(292, b"\0")
+
+    build_image(blocks=blocks, base=292, before=header(6)).write(tmp_path / "sparse")
+    convert_image(tmp_path / "sparse", tmp_path / "plain", to="stream")
+    (tmp_path / "raw").write_bytes(header(0) + (tmp_path / "plain").read_bytes())
+    for source in ("sparse", "raw"):
+        done = convert_image(tmp_path / source, tmp_path / "out.elf")
+        assert (done.source_kind, done.derived_map) == ("libvirt", True)
+        assert any("XML" in note for note in done.notes)
+        core = read_core(tmp_path / "out.elf")
+        assert core.read(0, PAGE) == pages[0]
+        assert core.read(700 * PAGE, PAGE) == pages[700]
+        assert not any(core.read(PAGE, 699 * PAGE))

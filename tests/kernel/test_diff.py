@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -183,3 +184,36 @@ def test_how_it_is_read_makes_no_difference(tmp_path: Path) -> None:
         diff_images(a, b, options=ReadOptions(engine="io_uring", direct="required", channels=3)),
     ]
     assert reports[0].blocks == reports[1].blocks
+
+
+def test_density_says_where(tmp_path: Path) -> None:
+    """Rule: each part of a block has the number of pages that differ there."""
+    one = make_guest(ram_bytes=33 * MIB)
+    a = save(tmp_path / "a", one)
+    changed = [0, 1, 700, 4000, 33 * MIB // PAGE - 1]
+    for page in changed:
+        one["pc.ram"][page * PAGE] ^= 1
+    ram, *rest = diff_images(a, save(tmp_path / "b", one)).blocks
+    count = 33 * MIB // PAGE
+    assert len(ram.density) == difference.DENSITY_PARTS
+    assert {part: pages for part, pages in enumerate(ram.density) if pages} == {
+        part: len(list(pages))
+        for part, pages in itertools.groupby(
+            page * difference.DENSITY_PARTS // count for page in changed
+        )
+    }
+    assert all(block.density == () for block in rest)
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
+def test_picture(tmp_path: Path, suffix: str) -> None:
+    """Rule: a picture is there as a whole, or there is a line that says why it is not."""
+    a, b = save(tmp_path / "a", make_guest(1)), save(tmp_path / "b", make_guest(2))
+    out = tmp_path / f"out.{suffix}"
+    assert uringmig("diff", a, b, "--plot", out).code == 1
+    magic = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}
+    assert out.read_bytes().startswith(magic[suffix])
+    assert uringmig("diff", a, a, "--plot", out).code == 0
+    refused = uringmig("diff", a, b, "--plot", tmp_path / "out.txt")
+    assert refused.code == 2
+    assert ".png" in refused.err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Final
 
 import click
@@ -24,13 +25,23 @@ _SHOWN: Final = 20
 @command(
     click.Argument(["a"], help="An image of any kind, or ARCHIVE#NAME."),
     click.Argument(["b"], help="The image it is compared with, of the same kind or another."),
+    click.Option(
+        ["--plot"], type=parameters.new_file, metavar="FILE",
+        help="Draw where they differ: .png, .svg or .pdf (needs the extra report).",
+    ),
     *parameters.transfer(),
-)
+)  # fmt: skip
 @parameters.takes_options(ReadOptions)
-def diff(session: Session, *, a: str, b: str, options: ReadOptions) -> int:
+def diff(session: Session, *, a: str, b: str, plot: Path | None, options: ReadOptions) -> int:
     """Compare two images' memory and devices; exit code 0 if they are equal, 1 if they differ."""
     output = session.output
+    if plot is not None:
+        from uringmig.export import heatmap
+
+        heatmap.check_plot(plot)
     report = diff_images(a, b, options=options, progress=session.progress)
+    if plot is not None:
+        heatmap.plot_diff(report, plot)
     for note in report.notes:
         output.note(note)
     exit_code = output.exit_code if report.equal else _DIFFERENT

@@ -33,6 +33,8 @@ KINDS: Final[tuple[Kind, ...]] = ("differs", "only-a", "only-b")
 _ROWS_HELD: Final = 6
 #: Ranges kept of a block; there may be millions, and nobody reads those.
 RANGES_MAX: Final = 10_000
+#: Equal parts of a block of which it is counted how many pages differ.
+DENSITY_PARTS: Final = 1024
 _WINDOW_PAGES: Final = WINDOW_BYTES // PAGE_SIZE
 _FOOTER_BYTES: Final = 5
 
@@ -61,6 +63,8 @@ class BlockDiff:
         only_b_bytes: likewise.
         ranges: the first `RANGES_MAX` of them, ascending.
         ranges_left_out: further ones.
+        density: pages that differ in any way, in each of `DENSITY_PARTS` equal parts of the longer
+            block, or in each page if it has fewer; empty if there is none.
     """
 
     idstr: str
@@ -71,6 +75,7 @@ class BlockDiff:
     only_b_bytes: int
     ranges: tuple[PageRange, ...]
     ranges_left_out: int
+    density: tuple[int, ...]
 
     @property
     def equal(self) -> bool:
@@ -165,12 +170,22 @@ def diff_images(
 
 @dataclass(slots=True)
 class _Found:
-    """What differs in one block so far; rows come in their order."""
+    """What differs in one block of so many pages so far; rows come in their order."""
 
+    page_count: int
     ranges: list[PageRange] = field(default_factory=list)
     left_out: int = 0
     bytes_of: dict[Kind, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
+    _density: NDArray[np.int64] = field(init=False)
     _open: PageRange | None = None
+
+    def __post_init__(self) -> None:
+        self._density = np.zeros(min(DENSITY_PARTS, self.page_count), np.int64)
+
+    @property
+    def density(self) -> tuple[int, ...]:
+        """See `BlockDiff`."""
+        return tuple(self._density.tolist()) if self._density.any() else ()
 
     def add(self, row: int, kinds: dict[Kind, NDArray[np.bool_]]) -> None:
         """Note the pages of one row that differ, one bool a page for each kind."""
@@ -178,6 +193,9 @@ class _Found:
         for kind, bits in kinds.items():
             runs = runs_from_bits(bits)
             self.bytes_of[kind] += PAGE_SIZE * int(runs.page_count.sum())
+            parts = len(self._density)
+            pages = np.flatnonzero(bits) + row * _WINDOW_PAGES
+            self._density += np.bincount(pages * parts // self.page_count, minlength=parts)
             found += [
                 PageRange(row * WINDOW_BYTES + first * PAGE_SIZE, count * PAGE_SIZE, kind)
                 for first, count in zip(
@@ -230,7 +248,8 @@ class _Comparison:
 
     def _block(self, idstr: str, one: _Numbered, other: _Numbered) -> BlockDiff:
         """Compare one block's memory."""
-        found = _Found()
+        lengths = [None if block is None else block[1].used_length for block in (one, other)]
+        found = _Found(max(length or 0 for length in lengths) // PAGE_SIZE)
         rows = max(0 if block is None else block[1].row_count for block in (one, other))
         unsettled = (row for row in range(rows) if not self._settled(one, other, row))
         while some := list(islice(unsettled, _ROWS_HELD)):
@@ -240,13 +259,14 @@ class _Comparison:
         self._teller.tell("read")
         return BlockDiff(
             idstr=idstr,
-            length_a=None if one is None else one[1].used_length,
-            length_b=None if other is None else other[1].used_length,
+            length_a=lengths[0],
+            length_b=lengths[1],
             differing_bytes=found.bytes_of["differs"],
             only_a_bytes=found.bytes_of["only-a"],
             only_b_bytes=found.bytes_of["only-b"],
             ranges=tuple(found.ranges),
             ranges_left_out=found.left_out,
+            density=found.density,
         )
 
     def _settled(self, one: _Numbered, other: _Numbered, row: int) -> bool:
