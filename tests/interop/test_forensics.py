@@ -122,6 +122,18 @@ def test_same_guest_by_whatever_way_it_was_saved(forms: Forms) -> None:
 
 
 @pytest.mark.parametrize("way", ["outside", "by_qemu"])
+def test_there_and_back(forms: Forms, tmp_path: Path, way: str) -> None:
+    """A real guest through every pair of what QEMU loads: memory and devices are the same."""
+    source = getattr(forms, way)
+    steps = ["a.stream", "b.mig", "c.stream", "d.stream", "e.mig", "f.mig"]
+    before = source
+    for name in steps:
+        convert_image(before, tmp_path / name)
+        before = tmp_path / name
+        assert diff_images(source, before).equal, name
+
+
+@pytest.mark.parametrize("way", ["outside", "by_qemu"])
 def test_qemu_loads_the_plain_stream(
     forms: Forms, start_machine: StartMachine, tmp_path: Path, way: str
 ) -> None:

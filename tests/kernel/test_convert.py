@@ -203,7 +203,7 @@ def test_it_does_not_write_over_its_source(tmp_path: Path) -> None:
     image = save_guest(tmp_path / "a.mig", make_guest(), RANGES)
     (tmp_path / "link").symlink_to(image)
     before = image.read_bytes()
-    for out in (image, tmp_path / "link"):
+    for out in (image, tmp_path / "link", Path(f"{image}.manifest.json")):
         with pytest.raises(StateError, match="is the image itself"):
             convert_image(image, out, to="raw")
     assert image.read_bytes() == before

@@ -20,6 +20,7 @@ from uringmig.export.registers import processor_notes, read_registers
 from uringmig.export.sources import Source, open_source
 from uringmig.export.vmcoreinfo import VmcoreinfoSearch
 from uringmig.image import manifest
+from uringmig.image.sidecar import sidecar_path
 from uringmig.options import PAGE_SIZE, ReadOptions, WriteOptions
 from uringmig.progress import ProgressCallback
 from uringmig.storage.enginechoice import EngineChoice, choose_engine
@@ -157,9 +158,10 @@ def format_of(out: str | os.PathLike[str]) -> TargetFormat:
 
 
 def _check_place(source: Source, out: Path) -> None:
-    """Refuse to write over the source, or into its archive."""
-    if os.path.exists(out) and os.path.samefile(source.path, out):  # noqa: PTH121
-        raise StateError(f"{out} is the image itself; name another file")
+    """Refuse to write over the source or its manifest, or into its archive."""
+    for taken in (source.path, sidecar_path(source.path)):
+        if os.path.exists(taken) and os.path.exists(out) and os.path.samefile(taken, out):  # noqa: PTH121
+            raise StateError(f"{out} is the image itself, or its manifest; name another file")
     if source.archive is not None and out.parent.resolve() == source.archive.resolve():
         raise StateError(f"{out} would be in the archive itself; name another folder")
 
