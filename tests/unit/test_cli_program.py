@@ -397,7 +397,7 @@ def test_completion_offers_commands_and_choices() -> None:
         return [line.removeprefix("plain,") for line in done.stdout.split()]
 
     assert complete("uringmig ") == [
-        "save", "load", "repair", "inspect", "verify", "bench", "archive",
+        "save", "load", "repair", "inspect", "verify", "convert", "diff", "bench", "archive",
     ]  # fmt: skip
     assert complete("uringmig verify x --engine ") == ["auto", "io_uring", "pwrite"]
 
