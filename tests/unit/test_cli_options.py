@@ -22,7 +22,7 @@ from uringmig.options import ReadOptions, TransferOptions, WriteOptions
 NAMES = {field.name for field in dataclasses.fields(TransferOptions)} - {"bridge"}
 #: Commands that move no pages themselves, and what of a transfer they have all the same.
 PARTS = {"load": {"channels", "direct"}, "bench": {"engine", "direct"}}
-TRANSFERS = {"save", "verify", "archive verify", "archive restore"}
+TRANSFERS = {"save", "verify", "convert", "diff", "archive verify", "archive restore"}
 BLOCK_SIZES = ["4K", "8K", "12K", "4M"]
 
 
@@ -89,6 +89,8 @@ def test_every_command_takes_every_block_size(
     """Also those below the default bridge, for which there is no option (`save` needs a VM)."""
     for arguments in (
         ["verify", archive / "hot.mig"],
+        ["convert", f"{archive}#cold", tmp_path / "converted.mig"],
+        ["diff", archive / "hot.mig", f"{archive}#cold"],
         ["archive", "verify", archive],
         ["archive", "restore", archive, "hot", tmp_path / "hot"],
         ["archive", "restore", archive, "cold", tmp_path / "cold"],
@@ -103,6 +105,7 @@ def test_every_command_takes_every_block_size(
 def test_a_block_size_that_is_none_is_told_as_asked(command: str, block_size: str) -> None:
     """Exit code 2, one line that names what was given; with ``--json`` an event."""
     places = {"save": ["--qmp", "q", "x"], "verify": ["x"], "archive verify": ["x"]}
+    places |= {"convert": ["x", "y"], "diff": ["x", "y"]}
     arguments = [*command.split(), *places.get(command, ["x", "y", "z"])]
     plain = uringmig(*arguments, "--block-size", block_size)
     assert (plain.code, plain.out, plain.err.count("\n")) == (2, "", 1)
