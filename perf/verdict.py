@@ -17,6 +17,7 @@ from perf.results import (
     samples_of,
     throughput_of,
 )
+from perf.workloads import OF_QEMU
 from uringmig.options import WriteOptions
 from uringmig.units import MiB, format_size
 
@@ -92,7 +93,7 @@ def _rounds(results: Results, workload: str) -> list[Sample]:
 
 
 def is_ours(sample: Sample) -> bool:
-    """Our writer at its best: io_uring, O_DIRECT, from the RAM file, and no manifest."""
+    """Our writer at its best: io_uring, O_DIRECT, from the RAM file if it is one, no manifest."""
     return _is_our_writer(sample) and not sample.settings["manifest"]
 
 
@@ -108,7 +109,7 @@ def _is_our_writer(sample: Sample) -> bool:
         and sample.kind == "save"
         and settings["engine"] == "io_uring"
         and settings["direct"] != "off"
-        and settings["route"] == "file"
+        and settings["route"] == ("machine" if sample.workload in OF_QEMU else "file")
         and not settings["rate"]
         and bool(settings["bridge"])
     )

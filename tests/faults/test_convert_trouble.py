@@ -147,12 +147,12 @@ def test_write_that_fails(tmp_path: Path, to: TargetFormat, number: int) -> None
 
 
 def content(path: Path, to: TargetFormat) -> object:
-    """What a file holds; a stream has its pages in the order in which they were read."""
+    """What a file holds; a stream's pages, and so its length, go by the order they were read in."""
     data = path.read_bytes()
     if to != "stream" or data == b"former":
         return data
     with open_contents(path, options=QUICK) as contents:
-        return len(data), collect(contents), contents.device_state()
+        return collect(contents), contents.device_state()
 
 
 @ALL

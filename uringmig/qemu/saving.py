@@ -16,7 +16,6 @@ from uringmig.qemu.guardian import LIVE
 from uringmig.qemu.guestmemory import why_unreadable
 from uringmig.qemu.monitor import Monitor
 from uringmig.qemu.outside import save_outside
-from uringmig.qemu.sharedram import save_shared
 from uringmig.qemu.vmsave import Then, VmSave
 
 #: ``auto`` takes the way from outside, and the other where QEMU's process cannot be read.
@@ -101,6 +100,9 @@ def _by_migration(
     reason: HostError | PeerError | None,
 ) -> VmSave:
     """Save by the other way, and say why, and that disks are not kept."""
+    # Seldom wanted, and it brings in all that reads a migration's stream.
+    from uringmig.qemu.sharedram import save_shared
+
     disks = DiskMoment(monitor)
     disks.prepare()
     told = []

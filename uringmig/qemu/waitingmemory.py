@@ -9,11 +9,15 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Final
 
 from uringmig.errors import PeerError
 from uringmig.memory.maps import Mapping, mappings_of
 from uringmig.options import PAGE_SIZE
 from uringmig.qemu.monitor import HostBlock, Monitor
+
+#: It is no VM, and some hosts let nobody look at it, root neither.
+_INIT: Final = 1
 
 
 def check_memory(monitor: Monitor, filled: Collection[str]) -> list[str]:
@@ -67,7 +71,7 @@ def _check_others(shared: dict[str, Mapping], pid: int) -> list[str]:
     least_bytes = min(mapping.end - mapping.start for mapping in shared.values())
     unseen = 0
     others = {int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()}
-    others -= {pid, os.getpid()}
+    others -= {pid, os.getpid(), _INIT}
     for other in others:
         try:
             maps = Path(f"/proc/{other}/maps").read_text(errors="surrogateescape")
