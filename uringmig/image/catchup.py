@@ -15,7 +15,7 @@ from uringmig.options import PAGE_SIZE, WINDOW_BYTES, WriteOptions
 from uringmig.pages import bitmap
 from uringmig.progress import ChannelCounters
 from uringmig.storage.requests import NOTHING, IoPlan
-from uringmig.transfer.plan import Window, plan_runs
+from uringmig.transfer.plan import Window
 
 
 class CatchUpWork:
@@ -68,15 +68,9 @@ class CatchUpWork:
             fresh=False,
             later=Rewritten(selected=again.pages(window.page_count), bits=before),
         )
-        bitmap.store(block.bitmap, first_page=window.first_page, bits=pages.bits)
         fewer = int(np.count_nonzero(before)) - int(np.count_nonzero(pages.bits))
         self._counters.zero_bytes += PAGE_SIZE * fewer
-        return plan_runs(
-            pages.runs(self._options.bridge),
-            address=view.memory.ctypes.data,
-            file_offset=block.layout.pages_offset + window.start_bytes,
-            block_size=self._options.block_size,
-        )
+        return block.plan_pages(window, pages, view.memory, self._options)
 
     def submitted(self, window: Window) -> None:
         """Digest a window that changed, while the device has work."""

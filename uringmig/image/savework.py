@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from uringmig.errors import StateError
 from uringmig.format.layout import BlockLayout, ImageLayout
 from uringmig.image import digest, pieces
-from uringmig.image.window import Rewritten, settle_window
+from uringmig.image.window import Rewritten, WindowPages, settle_window
 from uringmig.image.windowview import Holes, WindowView, WindowViews
 from uringmig.memory.source import CopiedMemory, MemorySource
 from uringmig.options import PAGE_SIZE, WINDOW_BYTES, WriteOptions
@@ -74,6 +74,25 @@ class SavedBlock:
         bitmap.store(self.selected, first_page=0, bits=bits)
         firsts = np.unique(pages // _WINDOW_PAGES) * _WINDOW_PAGES
         return [(first, min(_WINDOW_PAGES, count - first)) for first in firsts.tolist()]
+
+    def plan_pages(
+        self, window: Window, pages: WindowPages, memory: NDArray[np.uint8], options: WriteOptions
+    ) -> IoPlan:
+        """Store a window's bits, and plan the writes of its pages.
+
+        Args:
+            window: of this block.
+            pages: what is to become of it.
+            memory: the window's, where it is written from.
+            options: how to write.
+        """
+        bitmap.store(self.bitmap, first_page=window.first_page, bits=pages.bits)
+        return plan_runs(
+            pages.runs(options.bridge),
+            address=memory.ctypes.data,
+            file_offset=self.layout.pages_offset + window.start_bytes,
+            block_size=options.block_size,
+        )
 
     def put_digest(self, start: int, value: bytes) -> None:
         """Keep the digest of the memory from ``start`` on, a multiple of `WINDOW_BYTES`."""
@@ -160,17 +179,11 @@ class SaveWork:
         pages = settle_window(
             nonzero, readable, dense=block.dense, fresh=later is None, later=later
         )
-        bitmap.store(block.bitmap, first_page=window.first_page, bits=pages.bits)
         considered = window.page_count
         if later is not None:
             considered = int(np.count_nonzero(later.selected))
         self._counters.zero_bytes += PAGE_SIZE * (considered - int(np.count_nonzero(pages.stored)))
-        return plan_runs(
-            pages.runs(self._options.bridge),
-            address=look.memory.ctypes.data,
-            file_offset=block.layout.pages_offset + window.start_bytes,
-            block_size=self._options.block_size,
-        )
+        return block.plan_pages(window, pages, look.memory, self._options)
 
     def submitted(self, window: Window) -> None:
         """Digest the window while the device has work."""
