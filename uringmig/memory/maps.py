@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
@@ -37,6 +38,11 @@ class Mapping(Struct, frozen=True):
     device: tuple[int, int]
     inode: int
     name: str
+
+
+def overlapping(mappings: Iterable[Mapping], start: int, end: int) -> list[Mapping]:
+    """Those that have anything between two addresses, in their order."""
+    return [mapping for mapping in mappings if mapping.start < end and start < mapping.end]
 
 
 def mappings_of(pid: int) -> list[Mapping]:

@@ -17,7 +17,7 @@ from typing import Final
 
 from uringmig.errors import HostError, LimitError, PeerError, StateError, explained
 from uringmig.memory.mapping import FileMemory
-from uringmig.memory.maps import Mapping, mappings_of
+from uringmig.memory.maps import Mapping, mappings_of, overlapping
 from uringmig.memory.pagemap import Pagemap
 from uringmig.memory.remote import RemoteMemory
 from uringmig.qemu.monitor import HostBlock, Monitor
@@ -153,7 +153,7 @@ def _segments_of(block: HostBlock, mappings: Sequence[Mapping]) -> list[Mapping]
     """
     address, length = _place(block)
     end = address + length
-    segments = [m for m in mappings if m.start < end and address < m.end]
+    segments = overlapping(mappings, address, end)
     at = address
     for segment in segments:
         if segment.start > at:

@@ -7,14 +7,14 @@ memory: to load into the second would overwrite the first, which may be running.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 from typing import Final
 
 from uringmig.errors import PeerError
-from uringmig.memory.maps import Mapping, mappings_of
+from uringmig.memory.maps import Mapping, mappings_of, overlapping
 from uringmig.options import PAGE_SIZE
-from uringmig.qemu.monitor import HostBlock, Monitor
+from uringmig.qemu.monitor import Monitor
 
 #: It is no VM, and some hosts let nobody look at it, root neither.
 _INIT: Final = 1
@@ -43,7 +43,10 @@ def check_memory(monitor: Monitor, filled: Collection[str]) -> list[str]:
         ]
     shared: dict[str, Mapping] = {}
     for block in monitor.ram_blocks():
-        for mapping in _of_block(block, mappings):
+        if block.host_address is None:
+            continue  # QEMU does not tell (before 8.0)
+        end = block.host_address + block.used_length
+        for mapping in overlapping(mappings, block.host_address, end):
             if block.idstr in filled and not mapping.writable:
                 raise PeerError(
                     f"ramblock {block.idstr!r} is read-only in the waiting QEMU, and the image has "
@@ -52,13 +55,6 @@ def check_memory(monitor: Monitor, filled: Collection[str]) -> list[str]:
             if mapping.shared and mapping.inode:
                 shared[block.idstr] = mapping
     return _check_others(shared, pid) if shared else []
-
-
-def _of_block(block: HostBlock, mappings: list[Mapping]) -> Iterator[Mapping]:
-    """The mappings that a block lies in; none where QEMU does not tell (before 8.0)."""
-    if block.host_address is not None:
-        start, end = block.host_address, block.host_address + block.used_length
-        yield from (m for m in mappings if m.start < end and start < m.end)
 
 
 def _check_others(shared: dict[str, Mapping], pid: int) -> list[str]:
