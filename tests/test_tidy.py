@@ -593,3 +593,9 @@ def test_missing_size_tests_are_seen() -> None:
     )
     assert "Header" in sized(table)
     assert "WORD" not in sized(table)
+
+
+def test_a_modules_tests_stay_in_one_process(request: pytest.FixtureRequest) -> None:
+    """Their fixtures are made once; with pytest 9.2 pytest-xdist 3.8 forgot that without a word."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        assert request.node.nodeid.endswith("@test_tidy.py")

@@ -3,32 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from pathlib import Path
 
 import pytest
 from realguest import StartMachine, save_by_qemu
+from waitingloads import LOADS, assert_waits, by_mapped_ram
 
-from uringmig.contents.opening import open_contents
 from uringmig.errors import MismatchError, PeerError
 from uringmig.qemu.monitor import Monitor
-from uringmig.qemu.restore import load_into
 from uringmig.qemu.saving import save_vm
-from uringmig.qemu.streamload import stream_into
 from uringmig.units import MiB
 
 SIZE = 64 * MiB
 #: What all have; addresses are said, so that one device more moves no other.
 GUEST = ["-smp", "2,maxcpus=4", "-device", "virtio-rng-pci,addr=5"]
-
-
-def by_mapped_ram(monitor: Monitor, image: Path) -> tuple[str, ...]:
-    return load_into(monitor, image, channels=2, direct="preferred").notes
-
-
-def by_stream(monitor: Monitor, image: Path) -> tuple[str, ...]:
-    with closing(open_contents(image)) as contents:
-        return stream_into(monitor, contents).notes
 
 
 @pytest.fixture(params=["ours", "QEMU's"])
@@ -42,7 +30,7 @@ def image(request: pytest.FixtureRequest, start_machine: StartMachine, tmp_path:
     return path
 
 
-@pytest.mark.parametrize("load", [by_mapped_ram, by_stream])
+@pytest.mark.parametrize("load", LOADS)
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -63,11 +51,10 @@ def test_missing_is_refused_and_nothing_spent(
         load(waiting.monitor, image)
     for word in words:
         assert word in str(caught.value)
-    assert waiting.monitor.run_state() == "inmigrate"
-    assert waiting.monitor.migration().status == "none"
+    assert_waits(waiting)
 
 
-@pytest.mark.parametrize("load", [by_mapped_ram, by_stream])
+@pytest.mark.parametrize("load", LOADS)
 def test_equal_is_loaded_without_a_word(
     load: Callable[[Monitor, Path], tuple[str, ...]], image: Path, start_machine: StartMachine
 ) -> None:
@@ -98,7 +85,7 @@ def test_another_processor_is_told_where_both_sides_say(
         assert notes == ()
 
 
-@pytest.mark.parametrize("load", [by_mapped_ram, by_stream])
+@pytest.mark.parametrize("load", LOADS)
 def test_a_qemu_that_can_load_nothing_is_not_tried(
     load: Callable[[Monitor, Path], tuple[str, ...]],
     image: Path,
@@ -112,5 +99,4 @@ def test_a_qemu_that_can_load_nothing_is_not_tried(
     waiting = start_machine(memory_bytes=SIZE, incoming=True, arguments=[*GUEST, *drive])
     with pytest.raises(PeerError, match=r"can load no image: non-migratable device: \S*nvme"):
         load(waiting.monitor, image)
-    assert waiting.monitor.run_state() == "inmigrate"
-    assert waiting.monitor.migration().status == "none"
+    assert_waits(waiting)

@@ -4,34 +4,19 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from pathlib import Path
 
 import pytest
 from realguest import StartMachine, shared_path
+from waitingloads import LOADS, assert_waits, by_mapped_ram
 
-from uringmig.contents.opening import open_contents
 from uringmig.errors import PeerError
 from uringmig.qemu.monitor import Monitor
-from uringmig.qemu.restore import load_into
 from uringmig.qemu.saving import save_vm
-from uringmig.qemu.streamload import stream_into
 from uringmig.testing.machine import Machine
 from uringmig.units import MiB
 
 SIZE = 64 * MiB
-
-
-def by_mapped_ram(monitor: Monitor, image: Path) -> tuple[str, ...]:
-    return load_into(monitor, image, channels=2, direct="preferred").notes
-
-
-def by_stream(monitor: Monitor, image: Path) -> tuple[str, ...]:
-    with closing(open_contents(image)) as contents:
-        return stream_into(monitor, contents).notes
-
-
-LOADS = [by_mapped_ram, by_stream]
 
 
 @pytest.fixture
@@ -47,11 +32,6 @@ def alive(ram: Path, start_machine: StartMachine) -> Machine:
     machine = start_machine(memory_bytes=SIZE, shared=ram)
     machine.monitor.execute("stop")
     return machine
-
-
-def assert_waits(machine: Machine) -> None:
-    assert machine.monitor.run_state() == "inmigrate"
-    assert machine.monitor.migration().status == "none"
 
 
 @pytest.mark.parametrize("load", LOADS)
