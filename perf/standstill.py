@@ -22,7 +22,7 @@ from msgspec import Struct
 from rich.console import Console
 from rich.table import Table
 
-from uringmig import WriteOptions, save_vm
+from uringmig import save_vm
 from uringmig.errors import HostError, PeerError
 from uringmig.testing.guestimage import build_guest
 from uringmig.testing.machine import Machine
@@ -50,9 +50,7 @@ class Save(Struct, frozen=True):
 def by_us(machine: Machine, image: Path, *, live: bool) -> Save:
     """Save by the library, with the defaults."""
     began = time.monotonic()
-    saved = save_vm(
-        machine.monitor, image, how="outside", live=live, options=WriteOptions(manifest=True)
-    )
+    saved = save_vm(machine.monitor, image, how="outside", live=live)
     return Save(saved.stopped_seconds, time.monotonic() - began)
 
 
